@@ -1,0 +1,1 @@
+"""One launcher a figure; each header says command, hardware, time and expected result."""

@@ -1,0 +1,47 @@
+"""Figure 2a of *Only-IF* (figure 2 of paper P1): how many different instructions make a model follow new ones?
+
+    python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=runs/fig2a
+
+The number of instructions I varies; the number of examples N = I * S does not. Reported by the papers: at most 300
+instructions never generalise (exact match about 0), 1,000 and more always do, whatever the number of examples each.
+"""
+
+from pathlib import Path
+
+from instrdiv import plots
+from instrdiv.launcher import Figure, Preset, launch
+from instrdiv.presets import GPU, LAPTOP, PAPER, SMOKE
+from instrdiv.run import Run
+from instrdiv.thresholds import instruction_step_claims
+
+REPORTED_STEP = (300, 1000)
+
+PRESETS = {
+    "smoke": Preset(SMOKE, {"instructions": (4, 64)}, seeds=2, dev_tests=64, tests=128),
+    "laptop": Preset(LAPTOP, {"instructions": (16, 64, 128, 256, 512, 1024, 4096, 16_384)}, dev_tests=256, tests=2_000),
+    "gpu": Preset(
+        GPU,
+        {"instructions": (100, 200, 300, 400, 500, 700, 1000, 2000, 10_000, 100_000, 1_000_000)},
+        dev_tests=1024,
+        tests=10_000,
+    ),
+    "paper": Preset(
+        PAPER,
+        {
+            "instructions": (10, 20, 50, 100, 200, 300, 400, 500, 600, 1000, 2000, 2500)
+            + (5000, 10_000, 100_000, 1_000_000)
+        },
+        dev_tests=1024,
+        tests=100_000,
+    ),
+}
+
+
+def draw(run: Run, path_stem: Path) -> None:
+    plots.instruction_curve(run.results, path_stem, reported_band=REPORTED_STEP)
+
+
+FIGURE = Figure("fig2a_instruction_count", PRESETS, draw, instruction_step_claims)
+
+if __name__ == "__main__":
+    launch(FIGURE)

@@ -1,0 +1,138 @@
+"""Exact match of a group on test rules, sliced by what the examples are.
+
+Test example i of a split has the same rule (but for `seen`) and the same key for every member of a sweep, drawn with
+the member's own knobs. All splits go through one compiled program, in pieces of a fixed number of tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from instrdiv.population import TEST_STREAM, MemberData, RulePools, build_rules, over_members, put, stream_key
+from instrdiv.rewriting.examples import Example, Rules, make_example
+from instrdiv.rewriting.rules import RuleTable, rule_counts, seen_in
+from instrdiv.settings import Member
+from instrdiv.training import Trainer, exact_matches, make_decoder, predict
+
+#: Splits: trained rules with fresh inputs; held-out rules for curves and tuning; held-out rules for the end.
+SPLITS = ("seen", "unseen_dev", "unseen")
+
+#: slice -> which test examples belong to it. ``seen`` is bool [B, 2]: the rule's pattern (replacement) was trained on.
+SLICES = {
+    "all": lambda example, seen: jnp.ones_like(example.near_miss),
+    "has_op": lambda example, seen: example.occurrences > 0,
+    "no_op": lambda example, seen: example.occurrences == 0,
+    "near_miss": lambda example, seen: example.near_miss,
+    "occurrences=1": lambda example, seen: example.occurrences == 1,
+    "occurrences>1": lambda example, seen: example.occurrences > 1,
+    "pattern_seen": lambda example, seen: seen[:, 0],
+    "replacement_seen": lambda example, seen: seen[:, 1],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """The tests of one split for the members of a group.
+
+    Attributes:
+      split: one of ``SPLITS``.
+      rules: a table [tests] a member (the same object where members share it).
+      seen: bool [tests, 2] a member: pattern, replacement of the *unseen* rule were trained on (looser splits).
+    """
+
+    split: str
+    rules: Sequence[RuleTable]
+    seen: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.rules[0])
+
+
+def held_out_rules(member: Member, dev_tests: int, tests: int) -> dict[str, RuleTable]:
+    """The held-out rules of ``unseen_dev`` and ``unseen``: different ones, one a test, shared by all members."""
+    rules = build_rules(member.setting.rule_source, dev_tests + tests, seed=None)
+    return {"unseen_dev": rules[:dev_tests], "unseen": rules[dev_tests:]}
+
+
+def seen_rules(member: Member, pools: RulePools, tests: int) -> RuleTable:
+    """Trained rules to test on, [tests]: every rule that has an example is as likely as any other."""
+    s = member.setting
+    counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
+    trained = np.flatnonzero(counts)
+    words = np.random.Philox(key=np.array([member.seed, 0x7365656E], np.uint64)).random_raw(len(trained))
+    order = trained[np.argsort(words, kind="stable")]
+    return pools.of(member)[np.resize(order, tests)]
+
+
+def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_tests: int, tests: int) -> TestSet:
+    """The tests of a split for these members."""
+    if split == "seen":
+        tables = [seen_rules(member, pools, tests) for member in members]
+        return TestSet(split, tables, [np.zeros((tests, 2), bool)] * len(members))
+    by_source = {m.setting.rule_source: m for m in members}
+    held_out = {source: held_out_rules(m, dev_tests, tests)[split] for source, m in by_source.items()}
+    tables = [held_out[member.setting.rule_source] for member in members]
+    seen = []
+    for member, table in zip(members, tables, strict=True):
+        trained = pools.of(member)
+        columns = [seen_in(trained.patterns, table.patterns), seen_in(trained.replacements, table.replacements)]
+        seen.append(np.stack(columns, axis=1))
+    return TestSet(split, tables, seen)
+
+
+class Evaluator:
+    """Counts exact matches of a trainer's members, slice by slice."""
+
+    def __init__(self, trainer: Trainer, piece: int):
+        """``piece`` is the number of tests a call of the compiled program; a multiple of the mesh's data axis."""
+        self.trainer, self.piece = trainer, piece
+        group, data_parallel = trainer.group, trainer.mesh.shape["data"]
+
+        def evaluate(data: MemberData, params, rules: Rules, seen, stream, index):
+            batch: Example = jax.vmap(
+                lambda rule, i: make_example(
+                    group.shape, data.knobs, rule, jax.random.fold_in(stream_key(TEST_STREAM, stream), i)
+                )
+            )(rules, jnp.maximum(index, 0))
+            logits, targets = predict(make_decoder(group), params, batch)
+            right = exact_matches(logits, targets, batch.loss_mask)
+            member_of = jnp.stack([choose(batch, seen) for choose in SLICES.values()]) & (index >= 0)
+            counts = jnp.stack([(member_of & right).sum(-1), member_of.sum(-1)], axis=-1)
+            return jax.lax.psum(counts, "data") if data_parallel > 1 else counts
+
+        member, test = P("member"), P("data")
+        member_test = P("member", "data")
+        self.program = over_members(
+            evaluate, trainer.mesh, trainer.members_per_vmap, [member, member, member_test, member_test, P(), test]
+        )
+        self._on_device: dict[int, list] = {}
+
+    def pieces(self, tests: TestSet, split_seed: int) -> list[tuple]:
+        """The tests as device arguments of the program, padded with tests of index -1."""
+        members = len(self.trainer.group.members)
+        rows = [*range(members), *[0] * (self.trainer.size - members)]
+        # The dev split has its own inputs even where it shares rules with another.
+        stream = jnp.uint32(split_seed * len(SPLITS) + SPLITS.index(tests.split))
+        result = []
+        for start in range(0, len(tests), self.piece):
+            index = np.arange(start, start + self.piece)
+            chosen = np.minimum(index, len(tests) - 1)
+            rules = [Rules.from_table(tests.rules[row][chosen]) for row in rows]
+            stacked = jax.tree.map(lambda *parts: np.stack(parts), *rules)
+            seen = np.stack([tests.seen[row][chosen] for row in rows])
+            index = np.where(index < len(tests), index, -1).astype(np.int32)
+            mesh = self.trainer.mesh
+            sharded = put((stacked, seen), mesh, P("member", "data"))
+            result.append((*sharded, stream, put(index, mesh, P("data"))))
+        return result
+
+    def count(self, pieces: list[tuple]) -> jax.Array:
+        """int32 [M, slices, 2]: right answers and tests of every slice, without waiting for them."""
+        totals = [self.program(self.trainer.data, self.trainer.state.params, *piece) for piece in pieces]
+        return sum(totals[1:], totals[0])

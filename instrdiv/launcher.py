@@ -1,0 +1,235 @@
+"""What every launcher does: flags, preset, plan, run, picture, verdict; and one clear line where it cannot.
+
+A launcher is a short file that describes a ``Figure`` and calls ``launch``. Every field of ``Setting`` is a flag
+``--config.<field>``; the fields that the figure varies take a list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from instrdiv import thresholds
+from instrdiv.presets import BASES
+from instrdiv.results import Row
+from instrdiv.run import Options, Run, Sweep, plan, run
+from instrdiv.settings import BadInput, Member, Setting
+
+# Flags defined by the functions below belong, in --help, to the launcher that calls them.
+flags.disclaim_key_flags()
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One size of a figure.
+
+    Attributes:
+      base: the setting that the figure varies.
+      values: field of the setting -> the values it takes; their product is trained.
+      seeds: models a setting.
+      dev_tests, tests: see ``Sweep``.
+    """
+
+    base: Setting
+    values: Mapping[str, Sequence[Any]]
+    seeds: int = 3
+    dev_tests: int = 256
+    tests: int = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of the papers, or of ours.
+
+    Attributes:
+      name: as in the tables.
+      presets: by name.
+      draw: (run, path without suffix) -> None; writes ``.png`` and ``.pdf``.
+      claims: what the papers say, checked on the results table.
+    """
+
+    name: str
+    presets: Mapping[str, Preset]
+    draw: Callable[[Run, Path], None]
+    claims: Callable[[Sequence[Row]], list[thresholds.Claim]]
+
+
+def use_cpu_cores(devices: int | None = None) -> None:
+    """Makes the CPU cores this process may use visible to JAX as devices (each then trains its own members).
+
+    Call it before anything else uses JAX. Measured on two cores: 1.4 times the rate of one device with two threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", max(cores, devices or 1))
+
+
+def launch(figure: Figure) -> None:
+    """The main function of a launcher."""
+    swept = {name for preset in figure.presets.values() for name in preset.values}
+    define_preset_flag(figure.presets)
+    define_setting_flags(swept)
+    whole = NumberParser(int, low=1)
+    _define(whole, "seeds", "models a setting")
+    _define(whole, "dev_tests", "held-out rules that are tested at every report")
+    _define(whole, "tests", "held-out rules that are tested at the end")
+    _define(whole, "devices", "devices to use (default: all, on CPU one a core)")
+    _define(whole, "data_parallel", "devices that share one member's batch", default=1)
+    _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU)")
+    flags.DEFINE_string("run_dir", None, "where tables and pictures go (default: runs/<figure>-<preset>)")
+    flags.DEFINE_bool("dry_run", False, "say what it would take, and stop")
+    flags.DEFINE_bool("overwrite", False, "start anew in a directory that holds another run")
+
+    def main() -> None:
+        use_cpu_cores(FLAGS.devices)
+        sweep = make_sweep(figure, figure.presets[FLAGS.preset])
+        options = Options(FLAGS.devices, FLAGS.data_parallel, FLAGS.members_per_vmap)
+        what = plan(sweep, options)
+        print(f"{figure.name}, preset {FLAGS.preset}\n{what.text}", flush=True)
+        if FLAGS.dry_run:
+            return
+        run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
+        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite)
+        figure.draw(result, run_dir / "figure")
+        _conclude(figure, result, run_dir)
+
+    start(main)
+
+
+def make_sweep(figure: Figure, preset: Preset) -> Sweep:
+    """The sweep that a preset and the flags ask for."""
+    fixed = {name: value for name, value in setting_flags().items() if name not in preset.values}
+    lists = {name: setting_flags().get(name, values) for name, values in preset.values.items()}
+    base = dataclasses.replace(preset.base, **fixed)
+    settings = [
+        dataclasses.replace(base, **dict(zip(lists, values, strict=True)))
+        for values in itertools.product(*lists.values())
+    ]
+    seeds = FLAGS.seeds or preset.seeds
+    members = tuple(Member(setting, seed) for setting in settings for seed in range(seeds))
+    return Sweep(figure.name, members, FLAGS.dev_tests or preset.dev_tests, FLAGS.tests or preset.tests)
+
+
+def start(main: Callable[[], None]) -> None:
+    """Parses flags and runs ``main``; a user's mistake is one line on standard error and exit status 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return FLAGS(argv)
+        except flags.Error as error:
+            _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise BadInput(f"unexpected argument {argv[1]!r}; flags start with -- (--help lists them)")
+            main()
+        except BadInput as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("\ninterrupted; nothing is lost but this run: the same command starts it again", file=sys.stderr)
+            sys.exit(130)
+
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, flags_parser=parse)
+
+
+def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:
+    flags.DEFINE_enum("preset", "laptop", list(names), "how large a world, a model and a budget")
+
+
+def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None:
+    """One flag ``--config.<field>`` a field of ``Setting``; those in ``swept`` take a list."""
+    types_of = typing.get_type_hints(Setting)
+    for field in sorted(dataclasses.fields(Setting), key=lambda field: field.name):
+        parser = _parser_for(types_of[field.name], field.metadata["choices"])
+        text = field.metadata["help"]
+        if field.name in swept:
+            parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
+        _define(parser, f"config.{field.name}", f"{text} (default: the preset's)")
+
+
+def setting_flags() -> dict[str, Any]:
+    """The fields of ``Setting`` that were given as flags."""
+    names = [field.name for field in dataclasses.fields(Setting)]
+    return {name: value for name in names if (value := FLAGS[f"config.{name}"].value) is not None}
+
+
+def _parser_for(kind: Any, choices: Sequence[str] | None) -> flags.ArgumentParser:
+    if choices:
+        return flags.EnumParser(list(choices))
+    if isinstance(kind, types.UnionType):  # int | None
+        kind = typing.get_args(kind)[0]
+    if kind is bool:
+        return _BoolParser()
+    if typing.get_origin(kind) is tuple:
+        return ListParser(NumberParser(typing.get_args(kind)[0]))
+    return flags.ArgumentParser() if kind is str else NumberParser(kind)
+
+
+class NumberParser(flags.ArgumentParser):
+    """A whole number or a number, with a lower bound."""
+
+    def __init__(self, kind: type[int] | type[float], low: float | None = None):
+        self.kind, self.low = kind, low
+        self.syntactic_help = "a whole number" if kind is int else "a number"
+
+    def parse(self, argument):
+        try:
+            value = self.kind(argument)
+        except ValueError:
+            raise ValueError(f"must be {self.syntactic_help}") from None
+        if value != value or (self.low is not None and value < self.low):
+            raise ValueError(f"must be {self.syntactic_help}, at least {self.low}")
+        return value
+
+
+class ListParser(flags.ArgumentParser):
+    """A comma-separated list."""
+
+    def __init__(self, item: flags.ArgumentParser):
+        self.item = item
+        self.syntactic_help = f"a comma-separated list, each {item.syntactic_help or 'a string'}"
+
+    def parse(self, argument):
+        parts = argument.split(",") if isinstance(argument, str) else argument
+        return tuple(self.item.parse(part.strip() if isinstance(part, str) else part) for part in parts)
+
+
+class _BoolParser(flags.ArgumentParser):
+    syntactic_help = "true or false"
+
+    def parse(self, argument):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(str(argument).lower())
+        if value is None:
+            raise ValueError("must be true or false")
+        return value
+
+
+def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
+    flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
+
+
+def _conclude(figure: Figure, result: Run, run_dir: Path) -> None:
+    claims = figure.claims(result.results)
+    for claim in claims:
+        print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
+    print(f"{thresholds.verdict(claims)} (at this preset)")
+    print(f"picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

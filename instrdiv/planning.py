@@ -1,0 +1,174 @@
+"""What a run will take: parameters, memory, arithmetic, time. Nothing is built or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from instrdiv.population import Group, MemberData
+
+if TYPE_CHECKING:
+    from instrdiv.run import Options
+
+#: Training arithmetic that is really reached, FLOP/s a device: a rough guess to turn FLOPs into an ETA. CPU: measured
+#: on one 2.x GHz AVX-512 core at the laptop shape. GPU and TPU: a tenth of the bf16 peak of a current one, not measured.
+REACHED_FLOPS = {"cpu": 5e10, "gpu": 8e13, "tpu": 4e13}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """What one group takes.
+
+    Attributes:
+      name, members, idle: who is in it; ``idle`` pads it to the layout.
+      parameters: of one member.
+      steps, examples_seen: of one member.
+      tokens: tokens of one sequence.
+      compute_flops: FLOPs of the group's training, idle members included (a multiply-add is two).
+      state_bytes: parameters and optimiser state of the whole group, all devices together.
+      device_bytes: estimate of what one device needs at its peak, state and tables included.
+      seconds: rough.
+    """
+
+    name: str
+    members: int
+    idle: int
+    parameters: int
+    steps: int
+    examples_seen: int
+    tokens: int
+    compute_flops: float
+    state_bytes: int
+    device_bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run takes; ``text`` shows it."""
+
+    groups: tuple[GroupPlan, ...]
+    devices: int
+    data_parallel: int
+    members_per_vmap: int
+    dev_tests: int
+    tests: int
+    device_kind: str
+
+    @property
+    def text(self) -> str:
+        lines = [
+            f"{sum(g.members for g in self.groups)} members in {len(self.groups)} group(s), "
+            f"on {self.devices} device(s) ({self.device_kind}), {self.members_per_vmap} member(s) per vmap, "
+            f"{self.data_parallel} device(s) a batch"
+        ]
+        for g in self.groups:
+            idle = f" (+{g.idle} idle)" if g.idle else ""
+            lines += [
+                f"group {g.name}: {g.members} members{idle}, {g.parameters:,} parameters each",
+                f"  {g.steps:,} steps, {g.examples_seen:,} examples a member, {g.tokens} tokens an example",
+                f"  {g.compute_flops:.3g} FLOPs; state {_bytes(g.state_bytes)}; "
+                f"about {_bytes(g.device_bytes)} a device at the peak (estimate)",
+            ]
+        seconds = sum(g.seconds for g in self.groups)
+        lines.append(f"tests: {self.dev_tests:,} unseen_dev at every report; {self.tests:,} unseen and seen at the end")
+        lines.append(f"ETA {_duration(seconds)} of training (rough: assumes {REACHED_FLOPS[jax.default_backend()]:.0e} "
+                     "FLOP/s a device), plus compilation")  # fmt: skip
+        return "\n".join(lines)
+
+
+def make_plan(groups: Sequence[Group], options: Options, dev_tests: int, tests: int) -> Plan:
+    """Plans groups on a layout whose choices have been made."""
+    assert options.devices and options.members_per_vmap
+    plans = tuple(_plan_group(group, options) for group in groups)
+    kind = jax.devices()[0].device_kind
+    return Plan(plans, options.devices, options.data_parallel, options.members_per_vmap, dev_tests, tests, kind)
+
+
+def flops_per_example(group: Group) -> float:
+    """FLOPs of training on one example, forward and backward: matrix products and attention, nothing else."""
+    c, shape = group.config, group.shape
+    T, A, D = shape.sequence - 1, shape.answer + 1, c.width
+    vocabulary = 3 + shape.alphabet_size
+
+    def block(queries: int) -> float:
+        projections = 2 * T * D * 2 * D + 2 * queries * D * 2 * D  # keys and values; queries and output
+        # Queries are computed everywhere, in one product with keys and values, and cut afterwards.
+        projections += 2 * (T - queries) * D * D
+        return projections + 2 * 2 * queries * D * c.mlp_ratio * D + 2 * 2 * queries * T * D
+
+    forward = (c.layers - 1) * block(T) + block(A) + 2 * T * vocabulary * D + 2 * A * D * vocabulary
+    return 3.0 * forward
+
+
+def _plan_group(group: Group, options: Options) -> GroupPlan:
+    from instrdiv.training import init_member
+
+    c, shape = group.config, group.shape
+    assert options.devices and options.members_per_vmap
+    rows = options.devices // options.data_parallel
+    unit = rows * options.members_per_vmap
+    size = -(-len(group.members) // unit) * unit
+    state = jax.eval_shape(lambda data: init_member(group, data), _abstract_data())
+    parameters = _size(state.params)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    # Per token and layer, the backward pass keeps about: the two norms' inputs, q, k, v, attention out, two MLP
+    # activations, in compute precision; scores and weights are kept per pair of positions.
+    width_bytes = np.dtype(np.float32).itemsize if c.precision == "float32" else 2
+    T = shape.sequence - 1
+    batch = c.batch_size // options.data_parallel
+    per_layer = T * c.width * (7 + 2 * c.mlp_ratio) * width_bytes + 2 * c.heads * T * T * width_bytes
+    activations = options.members_per_vmap * batch * c.layers * per_layer
+    longest = max(member.setting.instructions for member in group.members)
+    pools = len({(m.seed, m.setting.rule_source) for m in group.members})
+    tables = pools * longest * (shape.pattern + shape.replacement + 8) + size // rows * longest * 4
+    # The state is read and written by the chunk's loop over blocks: twice; gradients and updates for a block.
+    device_bytes = 2 * size // rows * state_bytes + options.members_per_vmap * parameters * 8 + activations + tables
+
+    examples = c.steps * c.batch_size
+    flops = flops_per_example(group) * examples * size
+    seconds = flops / (REACHED_FLOPS[jax.default_backend()] * options.devices)
+    return GroupPlan(
+        name=group.name,
+        members=len(group.members),
+        idle=size - len(group.members),
+        parameters=parameters,
+        steps=c.steps,
+        examples_seen=examples,
+        tokens=shape.sequence,
+        compute_flops=flops,
+        state_bytes=state_bytes * size,
+        device_bytes=int(device_bytes),
+        seconds=seconds,
+    )
+
+
+def _abstract_data() -> MemberData:
+    """Just enough of a member's data to trace its initialisation."""
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    return MemberData(seed, *[None] * 6)  # type: ignore[arg-type]
+
+
+def _size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

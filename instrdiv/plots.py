@@ -1,0 +1,123 @@
+"""Pictures, drawn from tables alone: a run can be redrawn without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from instrdiv import thresholds
+from instrdiv.results import Row
+
+UNSEEN, SEEN, BAND = "#1f5fa8", "#c05a1c", "#8a8a8a"
+
+
+def instruction_curve(
+    results: Sequence[Row],
+    path_stem: Path | None = None,
+    reported_band: tuple[float, float] | None = None,
+    title: str = "Following instructions that were never trained on",
+):
+    """Figure 2a: exact match on unseen and seen has-op examples against the number of instructions.
+
+    Args:
+      results: rows of results.csv.
+      path_stem: where to write ``.png`` and ``.pdf``; None writes nothing.
+      reported_band: where the papers report their step, drawn in the background.
+      title: first line.
+
+    Returns:
+      The matplotlib figure. Every member is a dot (a cross if it diverged), every line a mean with a 95 % t-interval
+      over seeds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    unseen = thresholds.select(results, "unseen", "has_op")
+    if reported_band:
+        low, high = reported_band
+        axes.axvspan(low, high, color=BAND, alpha=0.13, lw=0,
+                     label=f"step reported by the papers, {low:,.0f}–{high:,.0f}\n(their model, strings and budget)")  # fmt: skip
+    for split, color, marker, label in (
+        ("seen", SEEN, "s", "seen rules, fresh inputs"),
+        ("unseen", UNSEEN, "o", "unseen rules"),
+    ):
+        _curve(axes, thresholds.by_value(thresholds.select(results, split, "has_op")), color, marker, label)
+    for row in results:
+        if row["split"] == "unseen" and row["slice"] == "has_op" and row["status"] != "ok":
+            axes.plot(row["instructions"], 0, "x", color="black", ms=8)
+    if unseen:
+        _threshold(axes, thresholds.threshold(unseen))
+    counts = sorted({row["instructions"] for row in results})
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30 if len(counts) > 9 else 0)
+    axes.minorticks_off()
+    axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("number of different instructions trained on, I")
+    axes.set_ylabel("exact match (has-op)")
+    axes.grid(alpha=0.25)
+    axes.set_title(title, loc="left", fontsize=13, weight="bold")
+    axes.legend(loc="center right" if not unseen else "best", fontsize=9, framealpha=0.9)
+    figure.supxlabel(caption(results), fontsize=8.5, color="#444444", x=0.02, ha="left")
+    if path_stem is not None:
+        save(figure, path_stem)
+    return figure
+
+
+def caption(results: Sequence[Row]) -> str:
+    """Seeds, tests, strings, model and regime, from the table."""
+    row = results[0]
+    seeds = len({r["seed"] for r in results})
+    tests = next((r["tests"] for r in results if r["split"] == "unseen" and r["slice"] == "has_op"), 0)
+    epochs = row["examples_seen"] / row["examples"]
+    strings = f"input {row['input_length']}, pattern {row['pattern_length']}, planted {row['occurrences']} times"
+    diverged = len({r["member"] for r in results if r["status"] != "ok"})
+    return (
+        f"{seeds} seed{'s' * (seeds > 1)}; {tests:,} unseen has-op tests a model; dots: models; line and bars: mean and "
+        f"95 % t-interval over seeds.\n"
+        f"Fixed set of {row['examples']:,} examples, {epochs:.3g} epochs ({row['examples_seen']:,} examples seen), "
+        f"{row['optimizer']}; {row['layers']} layers, width {row['width']};\n{strings}."
+        + (f" {diverged} diverged (crosses)." if diverged else "")
+    )
+
+
+def save(figure, path_stem: Path) -> None:
+    """Writes ``.png`` and ``.pdf``, byte-identical for identical tables."""
+    figure.savefig(path_stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    figure.savefig(path_stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
+
+
+def _curve(axes, values: dict[float, list[float]], color: str, marker: str, label: str) -> None:
+    if not values:
+        return
+    means = [thresholds.mean_interval(points) for points in values.values()]
+    x = np.array(list(values))
+    mean = np.array([interval.mean for interval in means])
+    # Exact match cannot leave [0, 1]; a t-interval can.
+    low, high = (np.clip([getattr(interval, end) for interval in means], 0, 1) for end in ("low", "high"))
+    errors = np.nan_to_num(np.stack([mean - low, high - mean]))
+    axes.errorbar(x, mean, yerr=errors, color=color, lw=1.8, capsize=3, elinewidth=1, label=label, zorder=3)
+    for value, points in values.items():
+        # Seeds side by side: a nudge too small to be read as another count.
+        nudge = 1.04 ** (np.arange(len(points)) - (len(points) - 1) / 2)
+        axes.plot(value * nudge, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+
+
+def _threshold(axes, found: thresholds.Threshold) -> None:
+    if math.isnan(found.interval.mean):
+        axes.plot([], [], " ", label=found.text)
+        return
+    interval = found.interval
+    axes.axhline(0.5, color=UNSEEN, lw=0.7, ls=":", alpha=0.7)
+    axes.axvline(interval.mean, color=UNSEEN, lw=1.2, ls="--", zorder=2)
+    label = f"threshold I50 = {interval.mean:,.0f}"
+    if not math.isnan(interval.low):
+        label += f"\n95 % interval {interval.low:,.0f}–{interval.high:,.0f}"
+        axes.axvspan(interval.low, interval.high, color=UNSEEN, alpha=0.12, lw=0, zorder=1)
+    axes.plot([], [], color=UNSEEN, lw=1.2, ls="--", label=label)

@@ -1,0 +1,98 @@
+"""Base settings of the presets, shared by all launchers: how large a world, how large a model, how long.
+
+- ``smoke``: everything runs, nothing is learned; under a minute on two CPU cores.
+- ``laptop``: a world small enough that two CPU cores show the phenomenon in ten minutes.
+- ``gpu``: the papers' strings and model, with a budget of about 25 minutes on one H200.
+- ``paper``: the papers' full budget (P2, section 3.1 and appendix B).
+
+What the papers do not say, and we chose: batch size, warm-up, weight decay (0.1 with Muon, 0 with AdamW, as in the
+Transformers trainer), positions (learned), loss on the answer only, no dropout. The ``gpu`` recipe (Muon, 1.5 epochs) is an
+extrapolation from the laptop world until it is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from instrdiv.settings import Setting
+
+#: 3-letter rules on 8-letter inputs; in a quarter of them the pattern is planted twice, so that *leftmost* matters.
+LAPTOP = Setting(
+    input_length=8,
+    pattern_length=3,
+    occurrences=(1, 1, 1, 2),
+    examples=16_384,
+    epochs=2.4,
+    batch_size=64,
+    layers=3,
+    width=64,
+    heads=4,
+    activation="relu",
+    norm="rmsnorm",
+    biases=False,
+    tied_head=False,
+    init="fan_in",
+    optimizer="muon",
+    learning_rate=2e-2,
+    adam_learning_rate=2e-3,
+    adam_b2=0.98,
+    weight_decay=0.1,
+    warmup_steps=50,
+    final_rate=0.05,
+    reports=20,
+)
+
+SMOKE = dataclasses.replace(
+    LAPTOP,
+    input_length=6,
+    pattern_length=2,
+    examples=512,
+    epochs=2.0,
+    batch_size=32,
+    layers=2,
+    width=32,
+    heads=2,
+    warmup_steps=4,
+    reports=4,
+)
+
+PAPER = Setting(
+    input_length=50,
+    pattern_length=20,
+    examples=1_000_000,
+    epochs=50.0,
+    batch_size=512,
+    layers=6,
+    width=256,
+    heads=4,
+    positions="learned",
+    activation="gelu",
+    norm="layernorm",
+    biases=True,
+    tied_head=True,
+    init="gpt2",
+    precision="bfloat16",
+    optimizer="adamw",
+    schedule="linear",
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    warmup_steps=1_000,
+    reports=100,
+)
+
+GPU = dataclasses.replace(
+    PAPER,
+    epochs=1.5,
+    optimizer="muon",
+    learning_rate=2e-2,
+    adam_learning_rate=2e-3,
+    adam_b2=0.98,
+    weight_decay=0.1,
+    warmup_steps=150,
+    final_rate=0.05,
+    tied_head=False,
+    init="fan_in",
+    reports=50,
+)
+
+BASES = {"smoke": SMOKE, "laptop": LAPTOP, "gpu": GPU, "paper": PAPER}

@@ -1,0 +1,142 @@
+"""Tidy tables and provenance: what a run leaves behind, and how it is read back.
+
+Nothing in ``metrics.csv`` or ``results.csv`` depends on the clock or the machine; what does goes to ``timings.csv`` and
+``provenance.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from instrdiv.settings import SETTING_COLUMNS, BadInput
+
+Row = dict[str, Any]
+
+#: Columns of results.csv: what was tested, then every setting by its name, then what follows from them.
+RESULT_COLUMNS = (
+    *("figure", "group", "member", "seed", "step", "examples_seen", "split", "slice", "exact_match", "tests", "status"),
+    *SETTING_COLUMNS,
+    *("examples_per_rule", "exact_match_low", "exact_match_high"),
+)
+#: Columns of metrics.csv: one row a member a report.
+METRIC_COLUMNS = (
+    *("figure", "group", "member", "seed", "step", "examples_seen", "loss", "gradient_norm", "train_exact_match"),
+    *("unseen_dev_exact_match", "unseen_dev_tests", "status"),
+)
+TIMING_COLUMNS = ("group", "step", "seconds", "examples_per_second", "tokens_per_second", "elapsed_seconds")
+
+
+def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Writes a CSV whole or not at all (a temporary file, then a rename)."""
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(row[name]) for name in columns} for row in rows)
+
+
+def read_table(path: Path) -> list[Row]:
+    """Reads a CSV; cells that are numbers become int or float, empty ones NaN. Raises BadInput if it is none."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a table: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all. Infinities are written as the strings "inf" and "-inf"."""
+    with replacing(path) as file:
+        json.dump(plain(value), file, indent=1)
+        file.write("\n")
+
+
+class replacing:
+    """Context manager: a text file that takes its place when the block ends without an error."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def __enter__(self):
+        self.file = tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False)
+        return self.file
+
+    def __exit__(self, kind, error, traceback):
+        self.file.close()
+        if kind is None:
+            os.chmod(self.file.name, 0o644)
+            os.replace(self.file.name, self.path)
+        else:
+            os.unlink(self.file.name)
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Where and with what a run was made: versions, device, commit, command; and whatever else is passed in."""
+    import jax
+
+    packages = ("instrdiv", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor_cores": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "commit": _commit(),
+        **facts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package is imported from, marked ``-dirty`` if it differs; None outside git."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else repr(value)
+    return value
+
+
+def _value(cell: str) -> Any:
+    if cell == "":
+        return math.nan
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def plain(value: Any) -> Any:
+    """The value with what JSON lacks (tuples, infinities) replaced by what it has (lists, strings)."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,232 @@
+"""Examples as a pure function on device: (shape, knobs, rule, key) -> tokens.
+
+Nothing is stored: example i of a data set is recomputed whenever it is visited. Each has exactly one of three ops:
+
+- *has-op*: the pattern is planted `occurrences` times at uniform, non-overlapping places in uniform letters;
+- *no-op*: uniform letters, drawn again until the pattern is certainly absent;
+- *near miss*, a no-op: like has-op, but what is planted is the pattern with one letter changed; drawn again likewise.
+
+Chance occurrences are left as they fall: the answer is found by search, so it always is the leftmost one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from instrdiv.rewriting.alphabet import END, FIRST_LETTER, PAD, SEPARATOR
+from instrdiv.rewriting.markov import occurrences, rewrite_letters
+from instrdiv.rewriting.rules import RuleTable
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskShape:
+    """The static sizes of a task: everything that decides array shapes.
+
+    Attributes:
+      alphabet_size: number of letters.
+      pattern, replacement, input: longest lengths.
+      answer: longest answer, without its end token.
+      planted: most occurrences that are planted in one input.
+      ragged: some sequences are shorter than the longest, so that rows carry padding on the left.
+    """
+
+    alphabet_size: int
+    pattern: int
+    replacement: int
+    input: int
+    answer: int
+    planted: int
+    ragged: bool
+
+    @property
+    def prompt(self) -> int:
+        """Tokens before the answer, separators included. The answer starts at this position in every row."""
+        return self.pattern + self.replacement + self.input + 3
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a whole row T: prompt, answer, end."""
+        return self.prompt + self.answer + 1
+
+
+@struct.dataclass
+class Rules:
+    """Rules on device: letters [N, P] and [N, R] (uint8), lengths [N] (int32). Or one rule, without the N."""
+
+    patterns: jax.Array
+    pattern_lengths: jax.Array
+    replacements: jax.Array
+    replacement_lengths: jax.Array
+
+    @classmethod
+    def from_table(cls, table: RuleTable) -> Rules:
+        """A host table as numpy arrays, ready to be put on devices."""
+        return cls(
+            patterns=table.patterns,  # type: ignore[arg-type]
+            pattern_lengths=table.pattern_lengths.astype(np.int32),  # type: ignore[arg-type]
+            replacements=table.replacements,  # type: ignore[arg-type]
+            replacement_lengths=table.replacement_lengths.astype(np.int32),  # type: ignore[arg-type]
+        )
+
+
+@struct.dataclass
+class Knobs:
+    """The traced settings of sampling, scalars but for ``occurrences``; a population stacks them.
+
+    Attributes:
+      no_op_fraction: probability that an example is a no-op (float32).
+      near_miss_fraction: probability that a no-op is a near miss (float32).
+      occurrences: int32 [C]; the number of planted patterns is one of the first ``choices`` entries, uniformly.
+      choices: int32.
+      input_length_min, input_length_max: input lengths are uniform between them (int32).
+    """
+
+    no_op_fraction: jax.Array
+    near_miss_fraction: jax.Array
+    occurrences: jax.Array
+    choices: jax.Array
+    input_length_min: jax.Array
+    input_length_max: jax.Array
+
+
+@struct.dataclass
+class Example:
+    """One sequence and what is known of it (a batch has a leading axis).
+
+    Attributes:
+      tokens: int32 [T]: padding, pattern # replacement # input # answer $, padding.
+      padding: int32, tokens of padding on the left; 0 where the task is not ragged.
+      loss_mask: bool [answer + 1]; entry i says that token ``prompt + i`` is of the answer or its end token.
+      occurrences: int32, how often the pattern really occurs in the input, overlaps included; 0 is a no-op.
+      near_miss: bool.
+    """
+
+    tokens: jax.Array
+    padding: jax.Array
+    loss_mask: jax.Array
+    occurrences: jax.Array
+    near_miss: jax.Array
+
+
+def make_example(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> Example:
+    """The example of one rule and one key; to be used under ``vmap``.
+
+    Args:
+      shape: static sizes.
+      knobs: traced settings, scalars.
+      rule: one rule (no leading axis).
+      key: a typed PRNG key; same key, same example, on every machine and under any batching.
+    """
+    text, length, near_miss = _make_input(shape, knobs, rule, key)
+    answer, answer_length, found = rewrite_letters(
+        rule.patterns,
+        rule.pattern_lengths,
+        rule.replacements,
+        rule.replacement_lengths,
+        text,
+        length,
+        answer_size=shape.answer,
+    )
+    prompt, padding = _make_prompt(shape, rule, text, length)
+    place = jnp.arange(shape.answer + 1)
+    answer_tokens = jnp.pad(answer + FIRST_LETTER, (0, 1))
+    answer_tokens = jnp.where(place == answer_length, END, jnp.where(place < answer_length, answer_tokens, PAD))
+    return Example(
+        tokens=jnp.concatenate([prompt, answer_tokens]).astype(jnp.int32),
+        padding=padding,
+        loss_mask=place <= answer_length,
+        occurrences=found,
+        near_miss=near_miss,
+    )
+
+
+def _make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The input's letters int32 [input], its length, and whether it is a near miss."""
+    pattern = rule.patterns.astype(jnp.int32)
+    pattern_length = rule.pattern_lengths
+    words = jax.random.bits(key, (5,), jnp.uint32)
+    no_op = _unit(words[0]) < knobs.no_op_fraction
+    near_miss = no_op & (_unit(words[1]) < knobs.near_miss_fraction)
+    span = knobs.input_length_max - knobs.input_length_min + 1
+    length = knobs.input_length_min + _below(words[2], span)
+    planted = knobs.occurrences[_below(words[3], knobs.choices)]
+    planted = jnp.where(no_op & ~near_miss, 0, planted)
+
+    def draw(attempt):
+        """A candidate input; the first attempt stands unless it must lack the pattern and does not."""
+        bits = jax.random.bits(jax.random.fold_in(key, attempt), (2 * shape.input + 2,), jnp.uint32)
+        letters = _below(bits[: shape.input], shape.alphabet_size)
+        # A near miss: one letter of the pattern becomes another one.
+        changed = _below(bits[-1], pattern_length)
+        other = (pattern + 1 + _below(bits[-2], shape.alphabet_size - 1)) % shape.alphabet_size
+        word = jnp.where(near_miss & (jnp.arange(shape.pattern) == changed), other, pattern)
+        starts = _places(bits[shape.input : 2 * shape.input], planted, pattern_length, length, shape.planted)
+        # The last start at or before each place says which letter of the word, if any, stands there.
+        place_T = jnp.arange(shape.input)
+        start_T = jnp.where(starts[None, :] <= place_T[:, None], starts[None, :], -shape.input - 1).max(1)
+        offset_T = place_T - start_T
+        return jnp.where(offset_T < pattern_length, word.at[offset_T].get(mode="clip"), letters)
+
+    def must_redraw(state):
+        _, text = state
+        return no_op & occurrences(pattern, pattern_length, text, length).any()
+
+    def redraw(state):
+        attempt, _ = state
+        return attempt + 1, draw(attempt)
+
+    _, text = jax.lax.while_loop(must_redraw, redraw, (jnp.uint32(1), draw(jnp.uint32(0))))
+    return text, length, near_miss
+
+
+def _places(bits: jax.Array, count: jax.Array, size: jax.Array, length: jax.Array, most: int) -> jax.Array:
+    """Starts of ``count`` non-overlapping words of this size, uniform over all such arrangements.
+
+    Arrangements correspond to ``count``-subsets of ``length - count * (size - 1)`` slots: sort the chosen slots, then
+    let each word push the later ones ``size - 1`` places on. Unused entries of the result (int32 [most]) lie past the
+    text.
+    """
+    slots = length - count * (size - 1)
+    scores = jnp.where(jnp.arange(bits.shape[0]) < slots, (bits >> 1).astype(jnp.int32), -1)
+    _, chosen = jax.lax.top_k(scores, most)
+    rank = jnp.arange(most)
+    beyond = bits.shape[0]
+    return jnp.sort(jnp.where(rank < count, chosen, beyond)) + rank * (size - 1)
+
+
+def _make_prompt(shape: TaskShape, rule: Rules, text: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``pattern # replacement # input #`` as tokens int32 [prompt], right-aligned, and the padding before it."""
+    source = jnp.concatenate([rule.patterns, rule.replacements, text], dtype=jnp.int32) + FIRST_LETTER
+    if not shape.ragged:
+        parts = jnp.split(source, [shape.pattern, shape.pattern + shape.replacement])
+        separator = jnp.full((1,), SEPARATOR, jnp.int32)
+        return jnp.concatenate([piece for part in parts for piece in (part, separator)]), jnp.int32(0)
+    sizes = (shape.pattern, shape.replacement, shape.input)
+    lengths = (rule.pattern_lengths, rule.replacement_lengths, length)
+    padding = jnp.int32(shape.prompt) - (sum(lengths) + 3)
+    place = jnp.arange(shape.prompt)
+    prompt = jnp.full(shape.prompt, PAD, jnp.int32)
+    begin, first = padding, 0
+    for size, part_length in zip(sizes, lengths, strict=True):
+        letters = source.at[first + jnp.clip(place - begin, 0, size - 1)].get(mode="clip")
+        prompt = jnp.where((place >= begin) & (place < begin + part_length), letters, prompt)
+        prompt = jnp.where(place == begin + part_length, SEPARATOR, prompt)
+        begin, first = begin + part_length + 1, first + size
+    return prompt, padding
+
+
+def _below(bits: jax.Array, bound) -> jax.Array:
+    """Uniform integers in [0, bound), int32: the high half of the product of 32 random bits and bound < 2^16."""
+    bound = jnp.asarray(bound).astype(jnp.uint32)
+    product = (bits >> 16) * bound + (((bits & 0xFFFF) * bound) >> 16)
+    return (product >> 16).astype(jnp.int32)
+
+
+def _unit(bits: jax.Array) -> jax.Array:
+    """Uniform float32 in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

@@ -1,0 +1,348 @@
+"""Rule tables, built exactly on the host: which rules are trained, which are held out, how often each is used.
+
+**Held out by construction.** Every string (or, for the loosest split, every rule) is on one side, *training* or
+*held out*, by a fixed hash of its letters. Training rules and held-out rules are drawn from opposite sides, so they
+cannot meet, whatever the seed, the family or the number of rules.
+
+**One nested pool a seed.** A pool is a prefix of one endless stream of distinct rules that depends on the seed alone:
+a member with I instructions takes the first I, so the pool of a small I is a subset of the pool of a large one.
+
+All randomness is raw Philox words (a counter-based generator whose words numpy guarantees), so that tables
+are the same on every machine and numpy version; ``RuleTable.digest`` checks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from instrdiv.rewriting.alphabet import Alphabet
+from instrdiv.rewriting.families import FAMILIES, orders
+
+#: What the two sides of the split tell apart, strictest first.
+SPLITS = ("pattern_and_replacement", "pattern", "replacement", "rule")
+#: How a power-law shape is read; see ``rule_counts``.
+TAIL_READINGS = ("weights", "index")
+
+_NO_LETTER = 255  # what follows a string shorter than its column
+_STREAM_BLOCK = 1 << 14  # rules drawn at a time; part of the definition of a pool
+_ENUMERATE_BELOW = 1 << 18  # families up to this many strings are counted exactly
+_GIVE_UP_AFTER = 4_000  # blocks in a row
+
+
+class FamilyTooSmall(ValueError):
+    """A family, with its split, holds fewer distinct rules than were asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StringFamily:
+    """The strings a pattern (or a replacement) is drawn from.
+
+    Drawn by: a family of ``families``, then a length, then an order, each uniformly among those possible, then the
+    free letters. Pattern and replacement are drawn independently [our choice: paper P2 does not say].
+    """
+
+    alphabet_size: int
+    families: tuple[str, ...]
+    length_min: int
+    length_max: int
+    k_min: int = 1
+    k_max: int = 1
+
+    @functools.cached_property
+    def components(self) -> list[list[tuple[int, list[int]]]]:
+        """For each family, its (length, orders) that have at least one order. Raises ValueError if one has none."""
+        table = []
+        for family in self.families:
+            lengths = range(self.length_min, self.length_max + 1)
+            usable = [(n, ks) for n in lengths if (ks := orders(family, n, self.k_min, self.k_max))]
+            if not usable:
+                raise ValueError(
+                    f"no order k in {self.k_min}..{self.k_max} divides a length in {self.length_min}..{self.length_max}"
+                )
+            table.append(usable)
+        return table
+
+    def sample(self, words: np.ndarray) -> np.ndarray:
+        """Strings from random words, uint64 [N, 3 + length_max] -> uint8 [N, length_max], padded with 255."""
+        strings = np.full((len(words), self.length_max), _NO_LETTER, np.uint8)
+        family_N = words[:, 0] % len(self.families)
+        for f, (family, usable) in enumerate(zip(self.families, self.components, strict=True)):
+            length_N = words[:, 1] % len(usable)
+            for j, (length, ks) in enumerate(usable):
+                order_N = words[:, 2] % len(ks)
+                for i, k in enumerate(ks):
+                    rows = np.flatnonzero((family_N == f) & (length_N == j) & (order_N == i))
+                    free = (words[rows, 3 : 3 + length // k] % self.alphabet_size).astype(np.uint8)
+                    strings[rows, :length] = FAMILIES[family](free, k)
+        return strings
+
+    def enumerate(self) -> np.ndarray | None:
+        """All distinct strings, uint8 [N, length_max], or None where there are too many to list."""
+        parts = []
+        for family, usable in zip(self.families, self.components, strict=True):
+            for length, ks in usable:
+                for k in ks:
+                    if self.alphabet_size ** (length // k) > _ENUMERATE_BELOW:
+                        return None
+                    free = np.indices((self.alphabet_size,) * (length // k), np.uint8).reshape(length // k, -1).T
+                    part = np.full((len(free), self.length_max), _NO_LETTER, np.uint8)
+                    part[:, :length] = FAMILIES[family](free, k)
+                    parts.append(part)
+        return np.unique(np.concatenate(parts), axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleTable:
+    """N rules as padded letter arrays.
+
+    Attributes:
+      patterns, replacements: uint8 [N, P], [N, R] letters; 255 past the length.
+      pattern_lengths, replacement_lengths: uint8 [N].
+    """
+
+    patterns: np.ndarray
+    replacements: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+    def __getitem__(self, rows) -> RuleTable:
+        return RuleTable(self.patterns[rows], self.replacements[rows])
+
+    @property
+    def pattern_lengths(self) -> np.ndarray:
+        return (self.patterns != _NO_LETTER).sum(1).astype(np.uint8)
+
+    @property
+    def replacement_lengths(self) -> np.ndarray:
+        return (self.replacements != _NO_LETTER).sum(1).astype(np.uint8)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tables, to check that a rebuilt pool is the one that was trained on."""
+        sha = hashlib.sha256()
+        for array in (self.patterns, self.replacements):
+            sha.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+    def text(self, row: int, alphabet: Alphabet) -> tuple[str, str]:
+        """Pattern and replacement of one rule as strings."""
+        return (
+            alphabet.decode(self.patterns[row, : self.pattern_lengths[row]]),
+            alphabet.decode(self.replacements[row, : self.replacement_lengths[row]]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleSource:
+    """Where rules come from: two string families and the split between training and held-out.
+
+    Attributes:
+      pattern, replacement: the families of the two strings.
+      split: what the sides tell apart (``SPLITS``). By default neither the pattern nor the replacement of a held-out
+        rule is ever trained on, in either role; ``pattern`` and ``replacement`` hold out only the one, ``rule`` only
+        the pair.
+      held_out_share: share of all strings (of all pairs for ``rule``) on the held-out side, in (0, 1).
+      split_seed: which strings those are.
+    """
+
+    pattern: StringFamily
+    replacement: StringFamily
+    split: str = "pattern_and_replacement"
+    held_out_share: float = 0.2
+    split_seed: int = 0
+
+    def pool(self, seed: int, size: int) -> RuleTable:
+        """The first ``size`` training rules of this seed's stream: distinct, pattern and replacement different.
+
+        Raises FamilyTooSmall where there are fewer.
+        """
+        return self._take(size, seed, held_out=False)
+
+    def held_out(self, size: int) -> RuleTable:
+        """The first ``size`` held-out rules. They depend on ``split_seed`` alone: all members share them."""
+        return self._take(size, self.split_seed, held_out=True)
+
+    def capacity(self, held_out: bool) -> int | None:
+        """How many distinct rules one side holds; None where the strings are too many to list."""
+        patterns, replacements = self.pattern.enumerate(), self.replacement.enumerate()
+        if patterns is None or replacements is None:
+            return None
+        if self.split == "rule":
+            if len(patterns) * len(replacements) > _ENUMERATE_BELOW:
+                return None
+            i, j = np.indices((len(patterns), len(replacements))).reshape(2, -1)
+            pairs = RuleTable(patterns[i], replacements[j])
+            return int((self._on_side(pairs, held_out) & ~_same(pairs)).sum())
+        patterns = patterns[self._string_side("pattern", patterns, held_out)]
+        replacements = replacements[self._string_side("replacement", replacements, held_out)]
+        width = max(patterns.shape[1], replacements.shape[1])
+        same = len({p.tobytes() for p in _widen(patterns, width)} & {r.tobytes() for r in _widen(replacements, width)})
+        return len(patterns) * len(replacements) - same
+
+    def _string_side(self, role: str, strings: np.ndarray, held_out: bool) -> np.ndarray:
+        """bool [N]: the string may play this role on this side."""
+        if self.split not in (role, "pattern_and_replacement"):
+            return np.ones(len(strings), bool)
+        return (_hash(strings, self.split_seed) < self._boundary) == held_out
+
+    def _on_side(self, rules: RuleTable, held_out: bool) -> np.ndarray:
+        """bool [N]: the rule is on the held-out (or the training) side."""
+        if self.split == "rule":
+            hashes = _hash(rules.replacements, self.split_seed, start=_hash(rules.patterns, self.split_seed))
+            return (hashes < self._boundary) == held_out
+        return self._string_side("pattern", rules.patterns, held_out) & self._string_side(
+            "replacement", rules.replacements, held_out
+        )
+
+    @property
+    def _boundary(self) -> np.uint64:
+        return np.uint64(int(self.held_out_share * 2.0**64))
+
+    def _stream(self, seed: int, held_out: bool) -> Iterator[RuleTable]:
+        """The endless stream of rules on one side, in blocks, repetitions included."""
+        columns_p, columns_r = 3 + self.pattern.length_max, 3 + self.replacement.length_max
+        block = 0
+        while True:
+            key = np.array([seed * 2 + held_out, block], np.uint64)
+            words = np.random.Philox(key=key).random_raw(_STREAM_BLOCK * (columns_p + columns_r))
+            # Philox words are 64 bits: the bias of `% alphabet` is below 1e-17.
+            words = words.reshape(_STREAM_BLOCK, columns_p + columns_r)
+            rules = RuleTable(self.pattern.sample(words[:, :columns_p]), self.replacement.sample(words[:, columns_p:]))
+            yield rules[self._on_side(rules, held_out) & ~_same(rules)]
+            block += 1
+
+    def _take(self, size: int, seed: int, held_out: bool) -> RuleTable:
+        side = "held-out" if held_out else "training"
+        capacity = self.capacity(held_out)
+        if capacity is not None and capacity < size:
+            raise FamilyTooSmall(f"{size} {side} rules were asked for, but the family has only {capacity}")
+        blocks: list[RuleTable] = []
+        found = stale = 0
+        for block in self._stream(seed, held_out):
+            blocks.append(block)
+            if sum(map(len, blocks)) >= size or len(blocks) > 64:
+                distinct = _distinct(blocks)
+                stale = stale + 1 if len(distinct) == found else 0
+                found, blocks = len(distinct), [distinct]
+                if found >= size:
+                    return distinct[:size]
+            if stale > _GIVE_UP_AFTER or (not found and len(blocks) > 64):
+                raise FamilyTooSmall(f"{size} {side} rules were asked for, but only {found} distinct ones turned up")
+        raise AssertionError("the stream has no end")
+
+
+def rule_counts(
+    instructions: int, examples: int, tail_shape: float = math.inf, tail_reading: str = "weights", seed: int = 0
+) -> np.ndarray:
+    """How many of the N examples use each of the I rules: int32 [I], summing to N exactly.
+
+    ``tail_shape`` infinite: counts differ by at most one. Otherwise a power law of that shape (paper P2, figure 3;
+    density f(w) = a w^(a-1)), read in one of two ways: ``weights`` (default; the only reading under which large shapes
+    tend to uniform): each rule draws a weight from that density and gets a share proportional to it; ``index``:
+    the rule of an example is floor(I u^(1/a)), u uniform. Shares become counts by largest remainder.
+
+    Raises ValueError where I > N or a parameter is out of range.
+    """
+    if not 1 <= instructions <= examples:
+        raise ValueError(f"{instructions} instructions need at least as many examples, got {examples}")
+    if not tail_shape > 0:
+        raise ValueError(f"tail_shape must be positive, got {tail_shape}")
+    if math.isinf(tail_shape):
+        shares = np.full(instructions, 1 / instructions)
+    elif tail_reading == "weights":
+        words = np.random.Philox(key=np.array([seed, 0x7461696C], np.uint64)).random_raw(instructions)
+        weights = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        log_weights = np.log(weights) / tail_shape
+        shares = np.exp(log_weights - log_weights.max())
+        shares /= shares.sum()
+    elif tail_reading == "index":
+        shares = np.diff((np.arange(instructions + 1) / instructions) ** tail_shape)
+    else:
+        raise ValueError(f"tail_reading must be one of {TAIL_READINGS}, got {tail_reading!r}")
+    exact = shares * examples
+    counts = np.floor(exact).astype(np.int64)
+    missing = examples - int(counts.sum())
+    # Remainders are compared after rounding, so that the last bit of `exp` cannot move a count.
+    order = np.argsort(-np.round(exact - counts, 6), kind="stable")
+    counts[order[:missing]] += 1
+    return counts.astype(np.int32)
+
+
+def resemblance(trained: RuleTable, held_out: RuleTable, pairs: int = 10_000_000) -> dict[str, float]:
+    """How much held-out rules look like trained ones.
+
+    Args:
+      trained: the rules of one member.
+      held_out: held-out rules. The first few (16 to 256, within this many ``pairs``) are compared letter by letter
+        with every trained rule.
+
+    Returns:
+      ``pattern_seen``, ``replacement_seen``, ``rule_seen``: share of the held-out rules whose pattern (replacement,
+      pair) is a trained one's; ``{pattern,replacement,rule}_distance_{min,mean}``: Hamming distance to the nearest
+      trained one, over ``compared`` held-out rules (a missing letter counts as a difference).
+    """
+    report: dict[str, float] = {"trained": len(trained), "held_out": len(held_out)}
+    some = held_out[: max(16, min(256, pairs // len(trained)))]
+    report["compared"] = len(some)
+    views = {
+        "pattern": (trained.patterns, held_out.patterns, some.patterns),
+        "replacement": (trained.replacements, held_out.replacements, some.replacements),
+        "rule": tuple(np.concatenate([t.patterns, t.replacements], 1) for t in (trained, held_out, some)),
+    }
+    for name, (ours, theirs, few) in views.items():
+        report[f"{name}_seen"] = float(np.isin(_as_bytes(theirs), _as_bytes(ours)).mean())
+        unique = np.unique(ours, axis=0)
+        nearest = np.array([(unique != string).sum(1, dtype=np.int32).min() for string in few])
+        report[f"{name}_distance_min"] = float(nearest.min())
+        report[f"{name}_distance_mean"] = float(nearest.mean())
+    return report
+
+
+def seen_in(trained: np.ndarray, strings: np.ndarray) -> np.ndarray:
+    """bool [N]: the string (a row of letters) is a row of ``trained``."""
+    return np.isin(_as_bytes(strings), _as_bytes(trained))
+
+
+def _hash(strings: np.ndarray, seed: int, start: np.ndarray | None = None) -> np.ndarray:
+    """A 64-bit hash of each row, uint64 [N]; padding does not enter, so a string hashes alike in every table."""
+    state = np.full(len(strings), seed, np.uint64) if start is None else start.copy()
+    state ^= np.uint64(0x9E3779B97F4A7C15)
+    for column in strings.T:
+        mixed = (state ^ (column.astype(np.uint64) + np.uint64(1))) * np.uint64(0xFF51AFD7ED558CCD)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xC4CEB9FE1A85EC53)
+        state = np.where(column == _NO_LETTER, state, mixed ^ (mixed >> np.uint64(29)))
+    # A last mix of its own (splitmix64), since the split looks at the highest bits.
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _widen(strings: np.ndarray, width: int) -> np.ndarray:
+    extra = width - strings.shape[1]
+    return np.pad(strings, ((0, 0), (0, extra)), constant_values=_NO_LETTER)
+
+
+def _same(rules: RuleTable) -> np.ndarray:
+    width = max(rules.patterns.shape[1], rules.replacements.shape[1])
+    return (_widen(rules.patterns, width) == _widen(rules.replacements, width)).all(1)
+
+
+def _as_bytes(strings: np.ndarray) -> np.ndarray:
+    """Each row as one opaque value, for numpy's set operations."""
+    strings = np.ascontiguousarray(strings)
+    return strings.view(np.dtype((np.void, strings.shape[1]))).ravel() if strings.shape[1] else np.zeros(len(strings))
+
+
+def _distinct(blocks: list[RuleTable]) -> RuleTable:
+    """The blocks joined, first come first kept."""
+    patterns = np.concatenate([block.patterns for block in blocks])
+    replacements = np.concatenate([block.replacements for block in blocks])
+    _, first = np.unique(_as_bytes(np.concatenate([patterns, replacements], 1)), return_index=True)
+    return RuleTable(patterns, replacements)[np.sort(first)]

@@ -1,0 +1,195 @@
+"""Thresholds, intervals and verdicts: pure functions of the results table.
+
+The *threshold* I50 is the number of instructions at which a seed's exact match on unseen has-op examples passes one
+half: a monotone (isotonic) fit to its points, interpolated linearly in log I. It is computed per seed; the mean and
+the interval are over seeds, in log I, since seeds are what varies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from instrdiv.results import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval; the ends are NaN where there is only one value."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def exact_interval(successes: int, tests: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact (Clopper-Pearson) binomial interval of one member's exact match."""
+    from scipy import stats
+
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, tests - successes + 1))
+    high = 1.0 if successes == tests else float(stats.beta.ppf(1 - tail, successes + 1, tests - successes))
+    return low, high
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean and t-interval over seeds."""
+    from scipy import stats
+
+    array = np.asarray(values, float)
+    mean, count = float(array.mean()), len(array)
+    if count < 2:
+        return Interval(mean, math.nan, math.nan, count)
+    half = float(stats.t.ppf(0.5 + confidence / 2, count - 1) * array.std(ddof=1) / math.sqrt(count))
+    return Interval(mean, mean - half, mean + half, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """Where one seed's curve passes one half.
+
+    Attributes:
+      value: I50; NaN where the curve does not pass one half between two tested values.
+      below, above: the tested values that bracket it; one of them is NaN where it lies outside the tested range.
+    """
+
+    value: float
+    below: float
+    above: float
+
+
+def crossing(instructions: Sequence[float], exact_match: Sequence[float], level: float = 0.5) -> Crossing:
+    """I50 of one seed, from its points in any order."""
+    from scipy.optimize import isotonic_regression
+
+    order = np.argsort(instructions, kind="stable")
+    x = np.asarray(instructions, float)[order]
+    y = isotonic_regression(np.asarray(exact_match, float)[order]).x
+    if y[0] >= level:
+        return Crossing(math.nan, math.nan, float(x[0]))
+    if y[-1] < level:
+        return Crossing(math.nan, float(x[-1]), math.nan)
+    i = int(np.argmax(y >= level))
+    share = (level - y[i - 1]) / (y[i] - y[i - 1])
+    return Crossing(float(x[i - 1] * (x[i] / x[i - 1]) ** share), float(x[i - 1]), float(x[i]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """I50 of a figure.
+
+    Attributes:
+      per_seed: crossing of every seed.
+      interval: geometric mean over the seeds that have one, with its t-interval in log I; NaN where no seed has one.
+      outside: seeds whose curve passes one half outside the tested range; they are not in the mean, so say how many.
+      below, above: the tested values that bracket every seed's crossing.
+    """
+
+    per_seed: dict[int, Crossing]
+    interval: Interval
+    outside: int
+    below: float
+    above: float
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        seeds = len(self.per_seed)
+        if self.outside == seeds:
+            where = "below" if all(math.isnan(c.below) for c in self.per_seed.values()) else "not within"
+            return f"no threshold: the curves pass one half {where} the tested range ({seeds} seeds)"
+        text = f"I50 = {self.interval.mean:,.0f}"
+        if not math.isnan(self.interval.low):
+            text += f" (95 % interval {self.interval.low:,.0f} to {self.interval.high:,.0f} over {seeds} seeds)"
+        text += f", between the tested {self.below:,.0f} and {self.above:,.0f}"
+        if self.outside:
+            text += f"; {self.outside} of {seeds} seeds pass outside the tested range and are left out"
+        return text
+
+
+def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
+    """The rows of one split and slice, without diverged members."""
+    return [r for r in results if (r["split"], r["slice"], r["status"]) == (split, slice, "ok")]
+
+
+def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
+    """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row."""
+    seeds = sorted({row["seed"] for row in rows})
+    per_seed = {}
+    for seed in seeds:
+        points = [(row[x], row["exact_match"]) for row in rows if row["seed"] == seed]
+        per_seed[seed] = crossing(*zip(*points, strict=True))
+    inside = [c for c in per_seed.values() if not math.isnan(c.value)]
+    if not inside:
+        return Threshold(per_seed, Interval(math.nan, math.nan, math.nan, 0), len(seeds), math.nan, math.nan)
+    logs = mean_interval([math.log(c.value) for c in inside])
+    interval = Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.count)
+    bracket = min(c.below for c in inside), max(c.above for c in inside)
+    return Threshold(per_seed, interval, len(seeds) - len(inside), *bracket)
+
+
+def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[float]]:
+    """Exact matches of the members at each value of ``x``, in order of ``x``."""
+    values: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row[x], row["seed"])):
+        values.setdefault(row[x], []).append(row["exact_match"])
+    return values
+
+
+def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) -> tuple[float, float, float] | None:
+    """Overlay only: (centre, width in log I, top) of ``top / (1 + exp(-(log I - log centre) / width))``, or None."""
+    from scipy.optimize import curve_fit
+
+    x, y = np.log(np.asarray(instructions, float)), np.asarray(exact_match, float)
+
+    def curve(x, centre, width, top):
+        return top / (1 + np.exp(np.clip(-(x - centre) / width, -60, 60)))
+
+    bounds = ([x.min(), 0.02, 0.0], [x.max(), 10.0, 1.0])
+    try:
+        (centre, width, top), _ = curve_fit(curve, x, y, p0=(np.median(x), 0.3, 0.9), bounds=bounds)
+    except (RuntimeError, ValueError):
+        return None
+    return float(np.exp(centre)), float(width), float(top)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One thing a paper says, and whether our table bears it out."""
+
+    text: str
+    holds: bool
+    evidence: str
+
+
+def verdict(claims: Sequence[Claim]) -> str:
+    """``reproduced`` where every claim holds, ``not reproduced`` otherwise."""
+    return "reproduced" if claims and all(claim.holds for claim in claims) else "not reproduced"
+
+
+def instruction_step_claims(results: Sequence[Row], low: float = 0.1, high: float = 0.95) -> list[Claim]:
+    """The claims of figure 2a, without the papers' place of the step (which belongs to their recipe).
+
+    Few instructions: never followed on unseen rules, though the trained ones are; many instructions: always; between
+    them, a step. Claims are about means over seeds.
+    """
+    unseen, seen = (by_value(select(results, split, "has_op")) for split in ("unseen", "seen"))
+    if not unseen:
+        return [Claim("some member finished", False, "every member diverged")]
+    fewest, most = min(unseen), max(unseen)
+    found = threshold(select(results, "unseen", "has_op"))
+    means = {name: float(np.mean(values)) for name, values in
+             {"few": unseen[fewest], "many": unseen[most], "few_seen": seen[fewest]}.items()}  # fmt: skip
+    return [
+        Claim(f"few instructions never generalise (unseen below {low})", means["few"] < low,
+              f"I = {fewest:,}: unseen {means['few']:.3f}"),
+        Claim(f"though they are learned (seen above {1 - low})", means["few_seen"] > 1 - low,
+              f"I = {fewest:,}: seen {means['few_seen']:.3f}"),
+        Claim(f"many instructions generalise (unseen above {high})", means["many"] > high,
+              f"I = {most:,}: unseen {means['many']:.3f}"),
+        Claim("every seed has its step inside the tested range", found.outside == 0, found.text),
+    ]  # fmt: skip

@@ -1,0 +1,201 @@
+"""Training a group: the step of one member, the compiled chunk of all, and the trainer that owns their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from instrdiv.model import Decoder
+from instrdiv.optimizers import make_optimizer, rate_at
+from instrdiv.population import (
+    DROPOUT_STREAM,
+    INIT_STREAM,
+    ExampleOrder,
+    Group,
+    MemberData,
+    RulePools,
+    Tables,
+    over_members,
+    padded_size,
+    put,
+    stack_group,
+    stream_key,
+    training_example,
+)
+from instrdiv.rewriting.alphabet import FIRST_LETTER
+from instrdiv.rewriting.examples import Example
+
+
+@struct.dataclass
+class MemberState:
+    """What training changes in a member; a group stacks it along M.
+
+    Attributes:
+      params: the decoder's, float32.
+      optimizer: the optimiser's state.
+      diverged_at: int32 step at which the member was frozen because its gradients or its update stopped being finite;
+        -1 while it trains.
+    """
+
+    params: Any
+    optimizer: Any
+    diverged_at: jax.Array
+
+
+@struct.dataclass
+class StepMetrics:
+    """Means of a chunk over its steps before any divergence, float32: one value a member."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    exact_match: jax.Array
+
+
+def make_decoder(group: Group) -> Decoder:
+    shape = group.shape
+    return Decoder(
+        config=group.config,
+        vocabulary_size=FIRST_LETTER + shape.alphabet_size,
+        prompt=shape.prompt,
+        sequence=shape.sequence - 1,
+        ragged=shape.ragged,
+    )
+
+
+def predict(
+    decoder: Decoder, params: Any, batch: Example, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced logits float32 [B, A + 1, V] on the answer and end tokens, and those tokens int32 [B, A + 1]."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    logits = decoder.apply(params, batch.tokens[:, :-1], batch.padding, train=dropout_key is not None, rngs=rngs)
+    return logits, batch.tokens[:, decoder.prompt :]
+
+
+def exact_matches(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """bool [B]: the most likely token is right at every answer position and at the end.
+
+    Under teacher forcing this equals exactness of greedy decoding: up to the first error the two read the same tokens.
+    """
+    return ((logits.argmax(-1) == targets) | ~mask).all(-1)
+
+
+def init_member(group: Group, data: MemberData) -> MemberState:
+    """A member's state before its first step. The initial weights depend on the seed alone."""
+    decoder = make_decoder(group)
+    tokens = jnp.zeros((1, decoder.sequence), jnp.int32)
+    params = decoder.init(stream_key(INIT_STREAM, data.seed), tokens, jnp.zeros(1, jnp.int32))
+    optimizer = make_optimizer(group.config, 0.0, 0.0, 0.0).init(params)
+    return MemberState(params=params, optimizer=optimizer, diverged_at=jnp.int32(-1))
+
+
+def train_step(
+    group: Group, data_parallel: int, tables: Tables, data: MemberData, state: MemberState, step, indices_B
+) -> tuple[MemberState, StepMetrics]:
+    """One step of one member on the examples ``indices_B`` (this device's part of the batch).
+
+    A member whose gradients or update are not finite is frozen before the update is applied.
+    """
+    config, decoder = group.config, make_decoder(group)
+    batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+
+    def total(tree):
+        return jax.lax.psum(tree, "data") if data_parallel > 1 else tree
+
+    tokens = total(batch.loss_mask.sum())
+    dropout_key = None
+    if config.dropout > 0:
+        dropout_key = jax.random.fold_in(stream_key(DROPOUT_STREAM, data.seed), step)
+        if data_parallel > 1:
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
+
+    def loss_function(params):
+        logits, targets = predict(decoder, params, batch, dropout_key)
+        losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1]))
+        exact = exact_matches(logits, targets, batch.loss_mask).sum()
+        return jnp.where(batch.loss_mask, losses, 0).sum() / tokens, exact
+
+    (loss, exact), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+    gradients, loss, exact = total((gradients, loss, exact))
+
+    rate = rate_at(config, step)
+    optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    gradient_norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.global_norm(updates))
+    active = finite & (state.diverged_at < 0)
+
+    def keep_if_frozen(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
+
+    new_state = MemberState(
+        params=keep_if_frozen(optax.apply_updates(state.params, updates), state.params),
+        optimizer=keep_if_frozen(optimizer_state, state.optimizer),
+        diverged_at=jnp.where(active | (state.diverged_at >= 0), state.diverged_at, step),
+    )
+    metrics = StepMetrics(loss=loss, gradient_norm=gradient_norm, exact_match=exact / config.batch_size)
+    return new_state, jax.tree.map(lambda value: jnp.where(active, value, jnp.nan), metrics)
+
+
+def train_chunk(
+    group: Group, data_parallel: int, tables: Tables, data: MemberData, state: MemberState, first_step, indices_KxB
+) -> tuple[MemberState, StepMetrics]:
+    """K steps of one member, and the means of their metrics."""
+
+    def body(state, step_and_indices):
+        step, indices_B = step_and_indices
+        return train_step(group, data_parallel, tables, data, state, step, indices_B)
+
+    steps = first_step + jnp.arange(indices_KxB.shape[0], dtype=jnp.int32)
+    state, metrics = jax.lax.scan(body, state, (steps, indices_KxB))
+    return state, jax.tree.map(jnp.nanmean, metrics)
+
+
+class Trainer:
+    """The state of a group on its mesh, advanced chunk by chunk.
+
+    Attributes:
+      step: steps done.
+      size: members including idle ones.
+      tables, data, state: on device.
+    """
+
+    def __init__(self, group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int = 1):
+        self.group, self.mesh, self.members_per_vmap = group, mesh, members_per_vmap
+        self.size = padded_size(len(group.members), mesh, members_per_vmap)
+        self.step = 0
+        self._order = ExampleOrder(group.config.examples, group.config.batch_size)
+        tables, data = stack_group(group, pools, self.size)
+        self.tables = put(tables, mesh, P())
+        self.data = put(data, mesh, P("member"))
+
+        data_parallel = mesh.shape["data"]
+        member, batch = P("member"), P(None, "data")
+        initialise = over_members(
+            lambda data: init_member(group, data), mesh, members_per_vmap, in_specs=[member]
+        )
+        self.train_chunk = over_members(
+            lambda *args: train_chunk(group, data_parallel, *args),
+            mesh,
+            members_per_vmap,
+            in_specs=[P(), member, member, P(), batch],
+            donate=(2,),
+        )
+        self.state: MemberState = initialise(self.data)
+
+    def chunk_arguments(self) -> tuple[Any, ...]:
+        """What the next call of ``train_chunk`` takes."""
+        indices = self._order.batches(self.step, self.group.config.chunk_steps)
+        indices = put(indices, self.mesh, P(None, "data"))
+        return self.tables, self.data, self.state, jnp.int32(self.step), indices
+
+    def advance(self) -> StepMetrics:
+        """Dispatches the next chunk and returns its metrics [M], without waiting for them."""
+        self.state, metrics = self.train_chunk(*self.chunk_arguments())
+        self.step += self.group.config.chunk_steps
+        return metrics
