@@ -108,10 +108,8 @@ class Evaluator:
 
         member, test = P("member"), P("data")
         member_test = P("member", "data")
-        self.program = over_members(
-            evaluate, trainer.mesh, trainer.members_per_vmap, [member, member, member_test, member_test, P(), test]
-        )
-        self._on_device: dict[int, list] = {}
+        in_specs = [member, member, member_test, member_test, P(), test]
+        self.program = over_members("evaluate", evaluate, trainer.mesh, trainer.members_per_vmap, in_specs)
 
     def pieces(self, tests: TestSet, split_seed: int) -> list[tuple]:
         """The tests as device arguments of the program, padded with tests of index -1."""

@@ -15,28 +15,38 @@ from instrdiv.settings import StaticFields
 def make_optimizer(
     config: StaticFields, learning_rate: Any, adam_learning_rate: Any, weight_decay: Any
 ) -> optax.GradientTransformation:
-    """AdamW, or Muon on the matrices of the blocks with Adam on the rest; gradients clipped by global norm.
+    """AdamW, or Muon on the matrices of the blocks with AdamW on the rest; gradients clipped by global norm.
 
     The rates may be traced, so the optimiser is made anew inside every step; its state's structure depends on
     ``config`` alone. Decay is decoupled, multiplied by the rate, and applies to matrices only (embeddings included,
     norms and biases not).
+
+    Muon is assembled from optax's parts: ``optax.contrib.muon`` would decay norms and biases, too.
     """
     clip = optax.clip_by_global_norm(config.clip)
+
+    def adamw(rate):
+        return optax.adamw(rate, b1=0.9, b2=config.adam_b2, weight_decay=weight_decay, mask=decayed_parameters)
+
     if config.optimizer == "adamw":
-        update = optax.adamw(
-            learning_rate, b1=0.9, b2=config.adam_b2, weight_decay=weight_decay, mask=decayed_parameters
-        )
-    else:
-        update = optax.contrib.muon(
-            learning_rate,
-            adam_learning_rate=adam_learning_rate,
-            adam_b2=config.adam_b2,
-            weight_decay=weight_decay,
-            adam_weight_decay=weight_decay,
-            weight_decay_mask=decayed_parameters,
-            muon_weight_dimension_numbers=muon_parameters,
-        )
-    return optax.chain(clip, update)
+        return optax.chain(clip, adamw(learning_rate))
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=_two_dimensional),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_to_shape, updates)),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.chain(clip, optax.partition({"muon": muon, "adam": adamw(adam_learning_rate)}, optimizer_of))
+
+
+def _two_dimensional(params: Any) -> Any:
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+
+
+def _scale_to_shape(update: jax.Array) -> jax.Array:
+    """Muon's usual scale, by which a rate means the same for every shape: sqrt(max(1, fan_out / fan_in))."""
+    fan_in, fan_out = update.shape
+    return update * max(1.0, fan_out / fan_in) ** 0.5
 
 
 def decayed_parameters(params: Any) -> Any:
@@ -44,15 +54,14 @@ def decayed_parameters(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
-def muon_parameters(params: Any) -> Any:
-    """Tree of Muon's dimension numbers where a parameter is one of ``MUON_MATRICES``, None elsewhere."""
+def optimizer_of(params: Any) -> Any:
+    """Tree of names: ``muon`` for the kernels of ``MUON_MATRICES``, ``adam`` for everything else."""
 
-    def dimensions(path, _):
+    def name(path, _):
         names = [key.key for key in path]
-        is_matrix = len(names) >= 2 and names[-2] in MUON_MATRICES and names[-1] == "kernel"
-        return optax.contrib.MuonDimensionNumbers() if is_matrix else None
+        return "muon" if names[-1] == "kernel" and names[-2] in MUON_MATRICES else "adam"
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def rate_at(config: StaticFields, step: jax.Array) -> jax.Array:

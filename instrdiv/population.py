@@ -214,10 +214,13 @@ def put(tree: Any, mesh: Mesh, spec: P) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
-def over_members(function: Any, mesh: Mesh, members_per_vmap: int, in_specs: Any, donate: tuple[int, ...] = ()) -> Any:
+def over_members(
+    name: str, function: Any, mesh: Mesh, members_per_vmap: int, in_specs: Any, donate: tuple[int, ...] = ()
+) -> Any:
     """Compiles ``function``, written for one member, for the members of a group.
 
     Args:
+      name: of the program, as logs and profiles show it.
       function: takes its arguments for one member and returns a tree for one member.
       mesh: from ``make_mesh``.
       members_per_vmap: members that are vectorised together; blocks of them run one after another.
@@ -241,7 +244,8 @@ def over_members(function: Any, mesh: Mesh, members_per_vmap: int, in_specs: Any
 
     # check_vma=False: the one reduction over 'data' is written out, in the step.
     sharded = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=P("member"), check_vma=False)
-    return jax.jit(sharded, donate_argnums=donate)
+    sharded.__name__ = name
+    return jax.jit(sharded, donate_argnums=donate, out_shardings=NamedSharding(mesh, P("member")))
 
 
 def _pad_to(array: np.ndarray, size: int) -> np.ndarray:

@@ -34,11 +34,11 @@ LAPTOP = Setting(
     init="fan_in",
     optimizer="muon",
     learning_rate=2e-2,
-    adam_learning_rate=2e-3,
+    adam_learning_rate=8e-3,
     adam_b2=0.98,
     weight_decay=0.1,
     warmup_steps=50,
-    final_rate=0.05,
+    final_rate=0.02,
     reports=20,
 )
 

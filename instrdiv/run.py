@@ -155,7 +155,6 @@ def run(
     options: Options | None = None,
     progress: bool = True,
     overwrite: bool = False,
-    max_chunks: int | None = None,
 ) -> Run:
     """Trains and tests a sweep.
 
@@ -166,7 +165,6 @@ def run(
       options: layout on the machine.
       progress: show a bar (or plain lines).
       overwrite: start anew in a directory that holds another run.
-      max_chunks: stop every group after this many chunks, untested, for measurements; the result is no result.
 
     Raises:
       BadInput: before anything compiles, with one line for the user.
@@ -189,11 +187,10 @@ def run(
     with Reporter(examples, enabled=progress) as reporter:
         for group in groups:
             runner = _GroupRun(sweep, group, pools, options, reporter, outcome, started)
-            runner.train(directory.write_metrics if directory else None, max_chunks)
-            if max_chunks is None:
-                runner.test()
+            runner.train(directory.write_metrics if directory else None)
+            runner.test()
             outcome.params |= runner.member_params()
-    if directory and max_chunks is None:
+    if directory:
         directory.finish(outcome, pools, time.monotonic() - started)
     return outcome
 
@@ -215,16 +212,15 @@ class _GroupRun:
         tests = make_test_set(split, self.group.members, self.pools, self.sweep.dev_tests, self.sweep.tests)
         return self.evaluator.pieces(tests, self.split_seed)
 
-    def train(self, on_metrics: Callable[[Sequence[Row]], None] | None, max_chunks: int | None) -> None:
+    def train(self, on_metrics: Callable[[Sequence[Row]], None] | None) -> None:
         """Chunk after chunk; the results of one are read while the next one runs."""
         config = self.group.config
         self.reporter.working(f"group {self.group.name}: compiling for {len(self.group.members)} members")
         dev = self._test_pieces("unseen_dev")
-        chunks = config.reports if max_chunks is None else min(max_chunks, config.reports)
         pending, clock = None, time.monotonic()
-        for chunk in range(chunks + 1):
+        for chunk in range(config.reports + 1):
             running = None
-            if chunk < chunks:
+            if chunk < config.reports:
                 metrics = self.trainer.advance()
                 counts = self.evaluator.count(dev)
                 # A copy: the state itself is donated to the next chunk.

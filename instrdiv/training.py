@@ -177,9 +177,10 @@ class Trainer:
         data_parallel = mesh.shape["data"]
         member, batch = P("member"), P(None, "data")
         initialise = over_members(
-            lambda data: init_member(group, data), mesh, members_per_vmap, in_specs=[member]
+            "init_members", lambda data: init_member(group, data), mesh, members_per_vmap, in_specs=[member]
         )
         self.train_chunk = over_members(
+            "train_chunk",
             lambda *args: train_chunk(group, data_parallel, *args),
             mesh,
             members_per_vmap,

@@ -1,0 +1,161 @@
+"""Groups, the finite training set, and the independence of members from how they are laid out."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instrdiv.population import ExampleOrder, RulePools, make_groups, make_mesh, padded_size, stack_group, training_example
+from instrdiv.settings import BadInput, Member
+from tests.worlds import members, tiny, trainer
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def params_of(trainer, row=0):
+    return [np.asarray(leaf)[row] for leaf in jax.tree.leaves(trainer.state.params)]
+
+
+class TestGroups:
+    def test_members_that_differ_in_tables_or_traced_values_share_a_group(self):
+        changes = [{"instructions": 4}, {"no_op_fraction": 0.5}, {"learning_rate": 1e-3}, {"tail_shape": 0.5},
+                   {"occurrences": (1, 2)}, {"family": "repeated", "k_min": 1, "k_max": 2}]  # fmt: skip
+        assert len(make_groups([Member(tiny(**change), 0) for change in changes])) == 1
+
+    def test_members_that_differ_in_static_values_do_not(self):
+        changes = [{"width": 32}, {"batch_size": 16}, {"optimizer": "muon"}, {"positions": "rotary"}, {"epochs": 1.0}]
+        assert len(make_groups([Member(tiny(**change), 0) for change in changes])) == len(changes)
+
+    def test_the_id_of_a_member_is_stable(self):
+        """Ids are in every table: a golden one."""
+        assert Member(tiny(), 3).id == Member(tiny(), 3).id != Member(tiny(), 4).id
+        assert Member(tiny(), 3).id != Member(tiny(width=32), 3).id
+
+    def test_idle_members_fill_up_devices_and_blocks(self):
+        assert [padded_size(n, make_mesh(2), 3) for n in (1, 6, 7)] == [6, 6, 12]
+
+    def test_members_of_a_seed_share_one_pool(self):
+        population = [Member(tiny(instructions=i), seed) for i in (4, 8, 16) for seed in (0, 1)]
+        tables, data = stack_group(make_groups(population)[0], RulePools(population), 6)
+        assert tables.pools.patterns.shape[:2] == (2, 16)
+        assert data.pool.tolist() == [0, 1] * 3
+
+    def test_a_family_that_is_too_small_is_refused_with_the_numbers(self):
+        small = tiny(family="repeated", k_min=2, k_max=2, instructions=64 * 16, examples=2048, alphabet_size=4)
+        with pytest.raises(BadInput, match=r"--config.family=repeated: 1024 training rules .* has only \d+"):
+            RulePools([Member(small, 0)])
+
+
+class TestFiniteSet:
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 5))
+    def test_each_example_is_visited_once_an_epoch(self, examples, batch, chunk):
+        order = ExampleOrder(examples, batch)
+        steps = chunk * -(-4 * examples // (batch * chunk))
+        visited = np.concatenate([order.batches(s, chunk).ravel() for s in range(0, steps, chunk)])
+        for epoch in range(len(visited) // examples):
+            assert sorted(visited[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+
+    def test_epochs_have_orders_of_their_own(self):
+        order = ExampleOrder(50, 50)
+        assert (order.batches(0, 1) != order.batches(1, 1)).any()
+
+    def test_a_batch_depends_on_its_step_alone(self):
+        straight, jumping = ExampleOrder(30, 7), ExampleOrder(30, 7)
+        everything = straight.batches(0, 20)
+        assert (jumping.batches(13, 4) == everything[13:17]).all()
+        assert (jumping.batches(2, 1) == everything[2:3]).all()
+
+    def test_orders_are_the_same_everywhere(self):
+        assert ExampleOrder(10, 10).batches(0, 2).tolist() == GOLDEN_ORDER
+
+    def test_each_rule_is_used_as_often_as_its_count_says_and_no_other(self):
+        population = [Member(tiny(instructions=5, examples=64, tail_shape=0.7), 2)]
+        group, pools = make_groups(population)[0], RulePools(population)
+        tables, data = jax.tree.map(jnp.asarray, stack_group(group, pools, 1))
+        one = jax.tree.map(lambda leaf: leaf[0], data)
+        make = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, one, i)))
+        batch = make(np.arange(64))
+        prompts = [tuple(row) for row in np.asarray(batch.tokens)[:, [0, 1, 3, 4]] - 3]
+        table = pools.of(population[0])
+        rules = [(*p, *r) for p, r in zip(table.patterns.tolist(), table.replacements.tolist(), strict=True)]
+        counts = np.diff(np.asarray(one.cumulative_counts), prepend=0)
+        assert [prompts.count(rule) for rule in rules] == counts[:5].tolist() and counts.sum() == 64
+
+    def test_the_set_is_fixed_and_differs_between_seeds(self):
+        def tokens(seed):
+            t = trainer([Member(tiny(), seed)])
+            one = jax.tree.map(lambda leaf: leaf[0], t.data)
+            make = jax.jit(jax.vmap(lambda i: training_example(t.group.shape, t.tables, one, i)))
+            return np.asarray(make(np.arange(64)).tokens)
+
+        assert (tokens(0) == tokens(0)).all() and (tokens(0) != tokens(1)).any()
+        assert len({row.tobytes() for row in tokens(0)}) > 60  # 16 rules, 4 inputs each, rarely the same one twice
+
+
+class TestLayout:
+    def test_a_member_is_bitwise_the_same_alone_among_4_and_among_8(self):
+        population = members(8)
+        runs = [trainer(population[:count]) for count in (1, 4, 8)]
+        for run in runs:
+            metrics = [run.advance(), run.advance()]
+            run.loss = [np.asarray(m.loss)[0] for m in metrics]
+        for run in runs[1:]:
+            assert run.loss == runs[0].loss
+            for alone, among in zip(params_of(runs[0]), params_of(run), strict=True):
+                np.testing.assert_array_equal(alone, among)
+
+    def test_members_together_under_vmap_agree_closely(self):
+        population = members(4)
+        apart, together = trainer(population), trainer(population, members_per_vmap=4)
+        np.testing.assert_allclose(apart.advance().loss, together.advance().loss, atol=1e-4)
+
+    @pytest.mark.parametrize("devices, data_parallel", [(2, 1), (4, 1), (2, 2), (4, 2)])
+    def test_devices_agree(self, devices, data_parallel):
+        """1, 2, 4 devices: losses to 1e-4 in the first steps, parameters closely; the examples are the same."""
+        population = members(4, reports=16)
+        one, many = trainer(population), trainer(population, devices, data_parallel)
+        for _ in range(2):
+            np.testing.assert_allclose(one.advance().loss, many.advance().loss, atol=1e-4)
+        for a, b in zip(params_of(one, 3), params_of(many, 3), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3)
+
+    def test_members_never_communicate(self):
+        run = trainer(members(4), devices=4)
+        text = run.train_chunk.lower(*run.chunk_arguments()).compile().as_text()
+        assert not [name for name in COLLECTIVES if name in text]
+
+    def test_data_parallel_reduces_along_data_only(self):
+        run = trainer(members(2), devices=4, data_parallel=2)
+        text = run.train_chunk.lower(*run.chunk_arguments()).compile().as_text()
+        assert not [name for name in COLLECTIVES[1:] if name in text]
+        groups = set(re.findall(r"all-reduce(?:-start)?\(.*?replica_groups=(\S+?),? ", text))
+        assert groups, "the gradients must be reduced"
+        assert all(same_rows(group) for group in groups), groups
+
+    def test_idle_members_change_nothing(self):
+        population = members(3)
+        padded, whole = trainer(population, devices=2), trainer(population, devices=1)
+        assert padded.size == 4 and whole.size == 3
+        np.testing.assert_allclose(np.asarray(padded.advance().loss)[:3], whole.advance().loss, atol=1e-4)
+
+
+def same_rows(replica_groups: str) -> bool:
+    """The groups are the rows of the 2 x 2 mesh: devices of one member, in either of XLA's notations."""
+    return replica_groups.rstrip(",") in ("{{0,1},{2,3}}", "[2,2]<=[4]")
+
+
+def test_members_of_a_group_may_need_different_answer_lengths():
+    """A shorter pattern that makes answers grow pads the others' rows, and changes no example."""
+    fixed = Member(tiny(replacement_length=3), 0)
+    growing = Member(dataclasses.replace(fixed.setting, pattern_length_min=1), 0)
+    group = make_groups([fixed, growing])[0]
+    assert group.shape.ragged and group.shape.answer == 5 + 2
+
+
+GOLDEN_ORDER = [[2, 8, 0, 4, 3, 5, 7, 1, 9, 6], [6, 9, 0, 2, 3, 8, 1, 5, 7, 4]]
