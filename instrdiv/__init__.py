@@ -19,8 +19,18 @@ from instrdiv.run import Options, Run, Sweep, plan, run
 from instrdiv.settings import BadInput, Member, Setting
 
 __all__ = [
-    *("BadInput", "MarkovAlgorithm", "Member", "Options", "Run", "Setting", "Sweep"),
-    *("plan", "presets", "rewrite", "run", "use_cpu_cores"),
+    "BadInput",
+    "MarkovAlgorithm",
+    "Member",
+    "Options",
+    "Run",
+    "Setting",
+    "Sweep",
+    "plan",
+    "presets",
+    "rewrite",
+    "run",
+    "use_cpu_cores",
 ]
 
 try:

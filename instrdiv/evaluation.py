@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.population import TEST_STREAM, MemberData, RulePools, build_rules, over_members, put, stream_key
-from instrdiv.rewriting.examples import Example, Rules, make_example
+from instrdiv.rewriting.examples import Example, Rules, TaskShape, make_example
 from instrdiv.rewriting.rules import RuleTable, rule_counts, seen_in
 from instrdiv.settings import Member
 from instrdiv.training import Trainer, exact_matches, make_decoder, predict
@@ -86,6 +86,16 @@ def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_t
     return TestSet(split, tables, seen)
 
 
+def stream_of_split(split: str, split_seed: int) -> int:
+    """The number that a split's inputs are keyed by."""
+    return split_seed * len(SPLITS) + SPLITS.index(split)
+
+
+def sample_test(shape: TaskShape, data: MemberData, rule: Rules, stream, index) -> Example:
+    """Test example ``index`` of a split (see ``stream_of_split``): one rule with a fresh input."""
+    return make_example(shape, data.knobs, rule, jax.random.fold_in(stream_key(TEST_STREAM, stream), index))
+
+
 class Evaluator:
     """Counts exact matches of a trainer's members, slice by slice."""
 
@@ -95,11 +105,7 @@ class Evaluator:
         group, data_parallel = trainer.group, trainer.mesh.shape["data"]
 
         def evaluate(data: MemberData, params, rules: Rules, seen, stream, index):
-            batch: Example = jax.vmap(
-                lambda rule, i: make_example(
-                    group.shape, data.knobs, rule, jax.random.fold_in(stream_key(TEST_STREAM, stream), i)
-                )
-            )(rules, jnp.maximum(index, 0))
+            batch = jax.vmap(lambda rule, i: sample_test(group.shape, data, rule, stream, i))(rules, index)
             logits, targets = predict(make_decoder(group), params, batch)
             right = exact_matches(logits, targets, batch.loss_mask)
             member_of = jnp.stack([choose(batch, seen) for choose in SLICES.values()]) & (index >= 0)
@@ -115,8 +121,7 @@ class Evaluator:
         """The tests as device arguments of the program, padded with tests of index -1."""
         members = len(self.trainer.group.members)
         rows = [*range(members), *[0] * (self.trainer.size - members)]
-        # The dev split has its own inputs even where it shares rules with another.
-        stream = jnp.uint32(split_seed * len(SPLITS) + SPLITS.index(tests.split))
+        stream = jnp.uint32(stream_of_split(tests.split, split_seed))
         result = []
         for start in range(0, len(tests), self.piece):
             index = np.arange(start, start + self.piece)

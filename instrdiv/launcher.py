@@ -20,7 +20,6 @@ import jax
 from absl import app, flags, logging
 
 from instrdiv import thresholds
-from instrdiv.presets import BASES
 from instrdiv.results import Row
 from instrdiv.run import Options, Run, Sweep, plan, run
 from instrdiv.settings import BadInput, Member, Setting

@@ -61,9 +61,7 @@ class Decoder(nn.Module):
         if self.ragged:
             position_BxT = jnp.maximum(position_BxT - padding_B[:, None], 0)
         if c.positions == "learned":
-            positions = self.param(
-                "positions", nn.initializers.normal(0.01 if gpt2 else 0.1), (self.sequence, c.width)
-            )
+            positions = self.param("positions", nn.initializers.normal(0.01 if gpt2 else 0.1), (self.sequence, c.width))
             x_BxTxD += positions.astype(dtype)[position_BxT if self.ragged else jnp.s_[None, :T]]
         x_BxTxD = nn.Dropout(c.dropout, deterministic=not train)(x_BxTxD)
         causal_TxT = jnp.tril(jnp.ones((T, T), bool))

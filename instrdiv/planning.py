@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from instrdiv.run import Options
 
 #: Training arithmetic that is really reached, FLOP/s a device: a rough guess to turn FLOPs into an ETA. CPU: measured
-#: on one 2.x GHz AVX-512 core at the laptop shape. GPU and TPU: a tenth of the bf16 peak of a current one, not measured.
+#: on one 2.x GHz AVX-512 core at the laptop shape. GPU and TPU: a tenth of a current one's bf16 peak, not measured.
 REACHED_FLOPS = {"cpu": 5e10, "gpu": 8e13, "tpu": 4e13}
 
 

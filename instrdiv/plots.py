@@ -41,8 +41,8 @@ def instruction_curve(
     unseen = thresholds.select(results, "unseen", "has_op")
     if reported_band:
         low, high = reported_band
-        axes.axvspan(low, high, color=BAND, alpha=0.13, lw=0,
-                     label=f"step reported by the papers, {low:,.0f}–{high:,.0f}\n(their model, strings and budget)")  # fmt: skip
+        label = f"step reported by the papers, {low:,.0f}–{high:,.0f}\n(their model, strings and budget)"
+        axes.axvspan(low, high, color=BAND, alpha=0.13, lw=0, label=label)
     for split, color, marker, label in (
         ("seen", SEEN, "s", "seen rules, fresh inputs"),
         ("unseen", UNSEEN, "o", "unseen rules"),
@@ -76,15 +76,23 @@ def caption(results: Sequence[Row]) -> str:
     seeds = len({r["seed"] for r in results})
     tests = next((r["tests"] for r in results if r["split"] == "unseen" and r["slice"] == "has_op"), 0)
     epochs = row["examples_seen"] / row["examples"]
-    strings = f"input {row['input_length']}, pattern {row['pattern_length']}, planted {row['occurrences']} times"
+    strings = f"input {row['input_length']}, pattern {row['pattern_length']}, planted {_planted(row['occurrences'])}"
     diverged = len({r["member"] for r in results if r["status"] != "ok"})
     return (
-        f"{seeds} seed{'s' * (seeds > 1)}; {tests:,} unseen has-op tests a model; dots: models; line and bars: mean and "
-        f"95 % t-interval over seeds.\n"
+        f"{seeds} seed{'s' * (seeds > 1)}; {tests:,} unseen has-op tests a model; dots: models; "
+        "line and bars: mean and 95 % t-interval over seeds.\n"
         f"Fixed set of {row['examples']:,} examples, {epochs:.3g} epochs ({row['examples_seen']:,} examples seen), "
         f"{row['optimizer']}; {row['layers']} layers, width {row['width']};\n{strings}."
         + (f" {diverged} diverged (crosses)." if diverged else "")
     )
+
+
+def _planted(occurrences: str | int) -> str:
+    """The setting's list in words: "1+1+1+2" is "once (75%) or 2 times (25%)"."""
+    counts = str(occurrences).split("+")
+    share = {count: counts.count(count) / len(counts) for count in dict.fromkeys(counts)}
+    words = {count: "once" if count == "1" else f"{count} times" for count in share}
+    return " or ".join(words[count] + f" ({share[count]:.0%})" * (len(share) > 1) for count in share)
 
 
 def save(figure, path_stem: Path) -> None:

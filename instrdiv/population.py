@@ -92,10 +92,8 @@ class ExampleOrder:
         """Example indices of consecutive steps, int32 [steps, batch_size]."""
         start, stop = first_step * self.batch_size, (first_step + steps) * self.batch_size
         epochs = range(start // self.examples, (stop - 1) // self.examples + 1)
-        self._epochs = {e: self._epochs.get(e, None) for e in epochs}
-        for epoch, order in self._epochs.items():
-            if order is None:
-                self._epochs[epoch] = epoch_order(self.examples, epoch)
+        kept = self._epochs
+        self._epochs = {e: kept[e] if e in kept else epoch_order(self.examples, e) for e in epochs}
         joined = np.concatenate([self._epochs[e] for e in epochs])
         offset = epochs[0] * self.examples
         return joined[start - offset : stop - offset].reshape(steps, self.batch_size)
@@ -117,6 +115,7 @@ class RulePools:
         return self._pools[member.seed, member.setting.rule_source][: member.setting.instructions]
 
     def whole(self, member: Member) -> RuleTable:
+        """The pool that the member's rules are the first of."""
         return self._pools[member.seed, member.setting.rule_source]
 
 
@@ -159,46 +158,47 @@ def make_groups(members: Sequence[Member]) -> list[Group]:
 def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, MemberData]:
     """The tables and the stacked member data of a group, as numpy arrays with a leading axis of ``size`` members."""
     members = [*group.members, *[group.members[0]] * (size - len(group.members))]
-    rows: dict[tuple[int, RuleSource], int] = {}
-    for member in group.members:
-        rows.setdefault((member.seed, member.setting.rule_source), len(rows))
     longest = max(member.setting.instructions for member in members)
-    # A pool may be longer than this group needs, or shorter than another pool of it.
-    tables = [
-        Rules.from_table(pools.whole(next(m for m in members if (m.seed, m.setting.rule_source) == key))[:longest])
-        for key in rows
-    ]
+    rows: dict[tuple[int, RuleSource], int] = {}
+    tables = []
+    for member in group.members:
+        key = (member.seed, member.setting.rule_source)
+        if key not in rows:
+            rows[key] = len(rows)
+            # A pool may be longer than this group needs, or shorter than another pool of it.
+            tables.append(Rules.from_table(pools.whole(member)[:longest]))
     stacked = jax.tree.map(lambda *parts: np.stack([_pad_to(part, longest) for part in parts]), *tables)
 
     choices = max(len(member.setting.occurrences) for member in members)
 
-    def data(member: Member) -> dict[str, Any]:
+    def data(member: Member) -> MemberData:
         s = member.setting
         counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
         cumulative = np.full(longest, s.examples, np.int32)
         cumulative[: s.instructions] = np.cumsum(counts)
-        return MemberData(
-            seed=np.uint32(member.seed),
-            pool=np.int32(rows[member.seed, s.rule_source]),
-            cumulative_counts=cumulative,
-            knobs=Knobs(
-                no_op_fraction=np.float32(s.no_op_fraction),
-                near_miss_fraction=np.float32(s.near_miss_fraction),
-                occurrences=_pad_to(np.array(s.occurrences, np.int32), choices),
-                choices=np.int32(len(s.occurrences)),
-                input_length_min=np.int32(s.shortest_input),
-                input_length_max=np.int32(s.input_length),
-            ),
-            learning_rate=np.float32(s.learning_rate),
-            adam_learning_rate=np.float32(s.adam_learning_rate),
-            weight_decay=np.float32(s.weight_decay),
-        )  # type: ignore[return-value, arg-type]
+        knobs: dict[str, Any] = {
+            "no_op_fraction": np.float32(s.no_op_fraction),
+            "near_miss_fraction": np.float32(s.near_miss_fraction),
+            "occurrences": _pad_to(np.array(s.occurrences, np.int32), choices),
+            "choices": np.int32(len(s.occurrences)),
+            "input_length_min": np.int32(s.shortest_input),
+            "input_length_max": np.int32(s.input_length),
+        }
+        values: dict[str, Any] = {
+            "seed": np.uint32(member.seed),
+            "pool": np.int32(rows[member.seed, s.rule_source]),
+            "cumulative_counts": cumulative,
+            "learning_rate": np.float32(s.learning_rate),
+            "adam_learning_rate": np.float32(s.adam_learning_rate),
+            "weight_decay": np.float32(s.weight_decay),
+        }
+        return MemberData(knobs=Knobs(**knobs), **values)
 
     return Tables(pools=stacked), jax.tree.map(lambda *leaves: np.stack(leaves), *map(data, members))
 
 
 def make_mesh(devices: int, data_parallel: int = 1) -> Mesh:
-    """A ('member', 'data') mesh over the first ``devices`` devices; ``data_parallel`` of them share a member's batch."""
+    """A ('member', 'data') mesh over the first ``devices`` devices; ``data_parallel`` of them share a batch."""
     grid = np.array(jax.devices()[:devices]).reshape(devices // data_parallel, data_parallel)
     return Mesh(grid, ("member", "data"))
 

@@ -6,8 +6,8 @@
 - ``paper``: the papers' full budget (P2, section 3.1 and appendix B).
 
 What the papers do not say, and we chose: batch size, warm-up, weight decay (0.1 with Muon, 0 with AdamW, as in the
-Transformers trainer), positions (learned), loss on the answer only, no dropout. The ``gpu`` recipe (Muon, 1.5 epochs) is an
-extrapolation from the laptop world until it is measured.
+Transformers trainer), positions (learned), loss on the answer only, no dropout. The ``gpu`` recipe (Muon, 1.5 epochs)
+is an extrapolation from the laptop world until it is measured.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ LAPTOP = Setting(
 
 SMOKE = dataclasses.replace(
     LAPTOP,
+    instructions=64,
     input_length=6,
     pattern_length=2,
     examples=512,

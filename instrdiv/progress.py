@@ -69,9 +69,7 @@ class Reporter:
           where: such as "step 40 of 600".
         """
         self._done += examples
-        spread = "unseen_dev exact match (min/median/max) " + "/".join(
-            f"{value:.2f}" for value in _spread(exact_match)
-        )
+        spread = "unseen_dev exact match (min/median/max) " + "/".join(f"{value:.2f}" for value in _spread(exact_match))
         rate = eta = ""
         if seconds:
             rate = f"{examples / seconds:,.0f} examples/s, {examples * tokens_per_example / seconds:,.0f} tokens/s"

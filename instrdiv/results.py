@@ -104,7 +104,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this package is imported from, marked ``-dirty`` if it differs; None outside git."""
+    """The commit of the source tree this package is imported from (``-dirty`` if it differs); None outside git."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

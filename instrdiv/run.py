@@ -370,7 +370,10 @@ class RunDirectory:
 
     def read(self) -> Run:
         """The tables of a finished run."""
-        return Run(*(read_table(self.path / f"{name}.csv") for name in ("results", "metrics", "timings")))
+        results, metrics, timings = (
+            read_table(self.path / f"{name}.csv") for name in ("results", "metrics", "timings")
+        )
+        return Run(results, metrics, timings)
 
 
 def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
@@ -418,6 +421,6 @@ def _status(diverged_at) -> str:
     return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
 
 
-def _shortest(value: np.ndarray) -> float:
+def _shortest(value: Any) -> float:
     """The float whose repr has only the digits that a float32 has."""
     return float(str(value))

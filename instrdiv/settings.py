@@ -68,7 +68,7 @@ class StaticFields:
     input_length: int = field(50, "longest input")
     pattern_length: int = field(20, "longest pattern")
     replacement_length: int | None = field(None, "longest replacement (default: pattern_length)")
-    split: str = field("pattern_and_replacement", "what of a held-out rule is never trained on", rules.SPLITS)
+    held_out: str = field("pattern_and_replacement", "what of a held-out rule is never trained on", rules.SPLITS)
     held_out_share: float = field(0.2, "share of all strings that is kept for held-out rules")
     split_seed: int = field(0, "which strings those are, and which held-out rules are tested")
     examples: int = field(1_000_000, "size N = I * S of the fixed training set")
@@ -144,7 +144,7 @@ class Setting(StaticFields, TracedFields, TableFields):
         return rules.RuleSource(
             pattern=strings(self.shortest_pattern, self.pattern_length),
             replacement=strings(self.shortest_replacement, self.longest_replacement),
-            split=self.split,
+            split=self.held_out,
             held_out_share=self.held_out_share,
             split_seed=self.split_seed,
         )
@@ -181,9 +181,13 @@ class Setting(StaticFields, TracedFields, TableFields):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 _refuse(f.name, value, f"must be one of {', '.join(choices)}")
-        _at_least(self, 1, "instructions", "pattern_length", "input_length", "k_min", "examples", "batch_size", "layers")
+        _at_least(
+            self, 1, "instructions", "pattern_length", "input_length", "k_min", "examples", "batch_size", "layers"
+        )
         _at_least(self, 1, "width", "heads", "mlp_ratio", "reports")
-        _at_least(self, 0, "split_seed", "warmup_steps", "weight_decay", "learning_rate", "adam_learning_rate", "final_rate")
+        _at_least(
+            self, 0, "split_seed", "warmup_steps", "weight_decay", "learning_rate", "adam_learning_rate", "final_rate"
+        )
         for name in ("no_op_fraction", "near_miss_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 _refuse(name, getattr(self, name), "must be in [0, 1]")
@@ -258,9 +262,19 @@ class Setting(StaticFields, TracedFields, TableFields):
             )
 
 
-_FIRST_COLUMNS = (
-    "instructions no_op_fraction tail_shape family k_min k_max occurrences input_length pattern_length width layers"
-).split()
+_FIRST_COLUMNS = [
+    "instructions",
+    "no_op_fraction",
+    "tail_shape",
+    "family",
+    "k_min",
+    "k_max",
+    "occurrences",
+    "input_length",
+    "pattern_length",
+    "width",
+    "layers",
+]
 #: Columns of a setting in every table.
 SETTING_COLUMNS = tuple(
     _FIRST_COLUMNS + sorted(f.name for f in dataclasses.fields(Setting) if f.name not in _FIRST_COLUMNS)

@@ -121,8 +121,8 @@ def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
     seeds = sorted({row["seed"] for row in rows})
     per_seed = {}
     for seed in seeds:
-        points = [(row[x], row["exact_match"]) for row in rows if row["seed"] == seed]
-        per_seed[seed] = crossing(*zip(*points, strict=True))
+        points = [row for row in rows if row["seed"] == seed]
+        per_seed[seed] = crossing([row[x] for row in points], [row["exact_match"] for row in points])
     inside = [c for c in per_seed.values() if not math.isnan(c.value)]
     if not inside:
         return Threshold(per_seed, Interval(math.nan, math.nan, math.nan, 0), len(seeds), math.nan, math.nan)

@@ -73,7 +73,7 @@ def predict(
 ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced logits float32 [B, A + 1, V] on the answer and end tokens, and those tokens int32 [B, A + 1]."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits = decoder.apply(params, batch.tokens[:, :-1], batch.padding, train=dropout_key is not None, rngs=rngs)
+    logits: Any = decoder.apply(params, batch.tokens[:, :-1], batch.padding, train=dropout_key is not None, rngs=rngs)
     return logits, batch.tokens[:, decoder.prompt :]
 
 

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrdiv.population import ExampleOrder, RulePools, make_groups, make_mesh, padded_size, stack_group, training_example
+from instrdiv.population import (
+    ExampleOrder,
+    RulePools,
+    make_groups,
+    make_mesh,
+    padded_size,
+    stack_group,
+    training_example,
+)
 from instrdiv.settings import BadInput, Member
 from tests.worlds import members, tiny, trainer
 

@@ -109,7 +109,11 @@ class TestOptimizers:
     def test_one_update_equals_the_formula(self, optimizer):
         """Adam's first update is lr * sign(g) nearly; Muon's is lr * an orthogonal matrix; both plus lr * decay * p."""
         config = dataclasses.replace(LAPTOP, optimizer=optimizer, clip=1e9).static
-        params = {"layer_0": {"qkv": {"kernel": jnp.full((8, 8), 0.5)}}, "head": jnp.full((8, 3), 0.5), "scale": jnp.ones(8)}
+        params = {
+            "layer_0": {"qkv": {"kernel": jnp.full((8, 8), 0.5)}},
+            "head": jnp.full((8, 3), 0.5),
+            "scale": jnp.ones(8),
+        }
         gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
         tx = make_optimizer(config, jnp.float32(0.1), jnp.float32(0.01), jnp.float32(0.2))
         updates, _ = tx.update(gradients, tx.init(params), params)

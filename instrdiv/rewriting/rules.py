@@ -91,8 +91,10 @@ class StringFamily:
                     if self.alphabet_size ** (length // k) > _ENUMERATE_BELOW:
                         return None
                     letters = length // k
-                    free = np.indices((self.alphabet_size,) * letters, np.uint8).reshape(letters, -1).T if letters else (
-                        np.zeros((1, 0), np.uint8)
+                    free = (
+                        np.indices((self.alphabet_size,) * letters, np.uint8).reshape(letters, -1).T
+                        if letters
+                        else (np.zeros((1, 0), np.uint8))
                     )
                     part = np.full((len(free), self.length_max), _NO_LETTER, np.uint8)
                     part[:, :length] = FAMILIES[family](free, k)

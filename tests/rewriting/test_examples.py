@@ -36,7 +36,9 @@ def sample(shape, knobs, table, count, seed=0, jitted={}):  # noqa: B006 - a cac
     if shape not in jitted:
         jitted[shape] = jax.jit(
             lambda knobs, rules, key, rows, index: jax.vmap(
-                lambda row, i: make_example(shape, knobs, jax.tree.map(lambda t: t[row], rules), jax.random.fold_in(key, i))
+                lambda row, i: make_example(
+                    shape, knobs, jax.tree.map(lambda t: t[row], rules), jax.random.fold_in(key, i)
+                )
             )(rows, index)
         )
     index = np.arange(count)

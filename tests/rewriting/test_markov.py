@@ -87,7 +87,7 @@ def test_the_empty_pattern_is_counted_as_python_does():
 
 class TestMarkovAlgorithm:
     def test_appends_the_reverse(self):
-        """The example of P2, appendix A: a string becomes itself followed by its reverse; capitals and @ are markers."""
+        """The example of P2, appendix A: a string becomes itself and its reverse. Capitals and @ are markers."""
         letters = "ab"
         rules = [(f"{x.upper()}{y}", f"{y}{x.upper()}") for x in letters for y in letters]  # copies move right
         rules += [(f"@{x}", f"{x}@{x.upper()}") for x in letters]  # the marker passes a letter and leaves its copy

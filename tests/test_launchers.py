@@ -1,0 +1,108 @@
+"""The commands as a user types them: smoke runs, dry runs, data, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIG2A = "experiments.fig2a_instruction_count"
+
+
+def command(module, *flags, cwd=None):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
+    environment["PYTHONPATH"] = str(ROOT)
+    arguments = [sys.executable, "-m", module, *flags]
+    return subprocess.run(arguments, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
+    flags = ("--preset=smoke", f"--run_dir={tmp_path / 'run'}")
+    first = command(FIG2A, *flags)
+    assert first.returncode == 0, first.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"figure.png", "figure.pdf", "results.csv", "metrics.csv", "provenance.json", "config.json"} <= names
+    assert "reproduced" in first.stdout and "examples/s" in first.stderr and "Traceback" not in first.stderr
+    results = (tmp_path / "run" / "results.csv").read_bytes()
+    (tmp_path / "run" / "figure.png").unlink()
+    again = command(FIG2A, *flags)
+    assert again.returncode == 0 and (tmp_path / "run" / "figure.png").exists()
+    assert (tmp_path / "run" / "results.csv").read_bytes() == results and "step" not in again.stderr
+
+
+@pytest.mark.parametrize("preset", ["laptop", "gpu", "paper"])
+def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
+    done = command(FIG2A, f"--preset={preset}", "--dry_run", f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    for word in ("members in 1 group", "parameters each", "FLOPs", "at the peak", "ETA"):
+        assert word in done.stdout
+
+
+def test_help_tells_what_the_launcher_does():
+    done = command(FIG2A, "--help")
+    assert "Figure 2a" in done.stdout and "--config.width" in done.stdout and "dry_run" in done.stdout
+
+
+class TestShowData:
+    def test_jsonl_rows_are_those_of_the_contract(self):
+        done = command(
+            "experiments.show_data", "--preset=smoke", "--num=40", "--format=jsonl", "--config.no_op_fraction=0.5"
+        )
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(rows) == 40 and {row["op"] for row in rows} == {"has_op", "no_op"}
+        for row in rows:
+            assert list(row) == ["pattern", "replacement", "input", "answer", "op", "rule_id", "split"]
+            assert row["answer"] == row["input"].replace(row["pattern"], row["replacement"], 1)
+            assert (row["pattern"] in row["input"]) == (row["op"] == "has_op")
+
+    def test_text_is_a_table(self):
+        done = command("experiments.show_data", "--preset=smoke", "--num=3", "--split=unseen")
+        lines = done.stdout.splitlines()
+        assert len(lines) == 4 and lines[0].split() == [
+            "pattern",
+            "replacement",
+            "input",
+            "answer",
+            "op",
+            "rule_id",
+            "split",
+        ]
+
+
+#: flags -> what the one line must name and say.
+MISTAKES = [
+    (["--bogus=1"], ["bogus"]),
+    (["--preset=huge"], ["--preset=huge", "smoke|laptop|gpu|paper"]),
+    (["--seeds=three"], ["--seeds=three", "whole number"]),
+    (["--seeds=0"], ["--seeds=0", "at least 1"]),
+    (["--config.instructions=16,100000"], ["--config.instructions=100000", "--config.examples"]),
+    (["--config.instructions=16,x"], ["config.instructions=16,x", "whole number"]),
+    (["--config.pattern_length=9"], ["--config.pattern_length=9", "shortest input"]),
+    (["--config.occurrences=4"], ["--config.occurrences=4", "fit into"]),
+    (["--config.no_op_fraction=1.2"], ["--config.no_op_fraction=1.2", "[0, 1]"]),
+    (["--config.heads=5"], ["--config.heads=5", "--config.width"]),
+    (["--config.alphabet_size=2", "--config.instructions=64"], ["--config.family=free", "has only"]),
+    (["--run_dir=/proc/nowhere/run"], ["--run_dir=/proc/nowhere/run", "not writable"]),
+    (["--run_dir={file}/run"], ["--run_dir=", "is a file"]),
+    (["--devices=64"], ["--devices"]),
+    (["laptop"], ["unexpected argument 'laptop'"]),
+    (["--config.biases=maybe"], ["config.biases=maybe", "true or false"]),
+]
+
+
+@pytest.mark.parametrize("flags, parts", MISTAKES, ids=lambda value: str(value[0])[:40])
+def test_a_mistake_is_one_clear_line_and_leaves_nothing(flags, parts, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    if flags == ["--devices=64"]:
+        flags.append("--data_parallel=3")
+    done = command(
+        FIG2A, "--preset=smoke", *(["--run_dir=run"] if "run_dir" not in flags[0] else []), *flags, cwd=tmp_path
+    )
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode not in (0, None) and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

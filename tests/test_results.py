@@ -1,0 +1,53 @@
+"""Tables are read back as written, whole or not at all."""
+
+import json
+import math
+
+import pytest
+
+from instrdiv.results import provenance, read_table, replacing, write_json, write_table
+from instrdiv.settings import BadInput
+
+
+def test_a_table_is_read_back_as_written(tmp_path):
+    rows = [
+        {"name": "a,b", "count": 3, "share": 0.1 + 0.2, "shape": math.inf},
+        {"name": "", "count": 0, "share": math.nan, "shape": 0.5},
+    ]
+    write_table(tmp_path / "t.csv", rows, tuple(rows[0]))
+    back = read_table(tmp_path / "t.csv")
+    assert back[0] == rows[0] and math.isnan(back[1]["share"]) and back[1]["count"] == 0
+
+
+def test_columns_keep_their_order_and_lines_end_alike_everywhere(tmp_path):
+    write_table(tmp_path / "t.csv", [{"b": 1, "a": 2.5}], ("a", "b"))
+    assert (tmp_path / "t.csv").read_bytes() == b"a,b\n2.5,1\n"
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    (tmp_path / "t.csv").write_text("old")
+    with pytest.raises(KeyError):
+        write_table(tmp_path / "t.csv", [{"a": 1}, {}], ("a",))
+    assert (tmp_path / "t.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_missing_table_is_one_line(tmp_path):
+    with pytest.raises(BadInput, match="cannot be read as a table"):
+        read_table(tmp_path / "none.csv")
+
+
+def test_json_has_no_infinities(tmp_path):
+    write_json(tmp_path / "c.json", {"shape": math.inf, "list": (1, 2)})
+    assert json.loads((tmp_path / "c.json").read_text()) == {"shape": "inf", "list": [1, 2]}
+
+
+def test_replacing_shows_the_file_only_when_whole(tmp_path):
+    with replacing(tmp_path / "x") as file:
+        file.write("half")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x").read_text() == "half"
+
+
+def test_provenance_says_with_what():
+    facts = provenance(extra=1)
+    assert facts["versions"]["jax"] and facts["devices"] and facts["extra"] == 1

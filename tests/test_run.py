@@ -1,0 +1,175 @@
+"""Whole runs: what they leave behind, that they repeat exactly, and what they refuse."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import instrdiv
+from instrdiv.results import METRIC_COLUMNS, RESULT_COLUMNS, read_table
+from instrdiv.run import Options, Sweep, plan, run
+from instrdiv.settings import BadInput, Member
+from tests.worlds import TINY, tiny
+
+
+def sweep(**options):
+    return Sweep.grid(TINY, seeds=2, dev_tests=16, tests=24, instructions=[4, 16], **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four members, and its directory."""
+    directory = tmp_path_factory.mktemp("runs") / "a" / "run"
+    return run(sweep(), directory, Options(devices=2), progress=False), directory
+
+
+def test_the_directory_has_the_files_of_the_contract(finished):
+    names = {path.name for path in finished[1].iterdir()}
+    assert names == {"config.json", "provenance.json", "metrics.csv", "results.csv", "timings.csv", "resemblance.csv"}
+
+
+def test_results_have_a_row_a_member_a_slice(finished):
+    rows = read_table(finished[1] / "results.csv")
+    assert tuple(rows[0]) == RESULT_COLUMNS
+    assert RESULT_COLUMNS[:11] == (
+        *("figure", "group", "member", "seed", "step", "examples_seen", "split", "slice"),
+        *("exact_match", "tests", "status"),
+    )
+    keys = [(row["member"], row["split"], row["slice"]) for row in rows]
+    assert len(set(keys)) == len(keys) and len({key[0] for key in keys}) == 4
+    assert {row["split"] for row in rows} == {"seen", "unseen_dev", "unseen"}
+    has_op = {row["split"]: row["tests"] for row in rows if row["slice"] == "has_op"}
+    assert has_op == {"seen": 24, "unseen_dev": 16, "unseen": 24}
+    for row in rows:
+        assert row["exact_match_low"] <= row["exact_match"] <= row["exact_match_high"]
+        assert row["examples_seen"] == row["step"] * TINY.batch_size == 128
+        assert row["examples_per_rule"] == 64 / row["instructions"]
+
+
+def test_metrics_have_a_row_a_member_a_report(finished):
+    rows = read_table(finished[1] / "metrics.csv")
+    assert tuple(rows[0]) == METRIC_COLUMNS
+    assert len(rows) == 4 * TINY.reports == len({(row["member"], row["step"]) for row in rows})
+
+
+def test_resemblance_is_nil_under_the_default_split(finished):
+    rows = read_table(finished[1] / "resemblance.csv")
+    assert len(rows) == 4 and all(row["pattern_seen"] == row["replacement_seen"] == 0 for row in rows)
+
+
+def test_config_says_all_that_is_needed_to_run_again(finished):
+    config = json.loads((finished[1] / "config.json").read_text())
+    assert (config["devices"], config["members_per_vmap"], config["data_parallel"]) == (2, 1, 1)
+    for member, kept in zip(sweep().members, config["members"], strict=True):
+        assert kept["id"] == member.id and kept["seed"] == member.seed
+        assert {k: kept[k] for k in ("instructions", "width")} == {
+            k: member.setting.as_row()[k] for k in ("instructions", "width")
+        }
+
+
+def test_the_same_run_again_is_byte_equal(finished, tmp_path):
+    run(sweep(), tmp_path / "again", Options(devices=2), progress=False)
+    for name in ("metrics.csv", "results.csv", "config.json", "resemblance.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished[1] / name).read_bytes()
+
+
+def test_a_finished_run_is_read_back_not_repeated(finished):
+    before = {path.name: path.stat().st_mtime_ns for path in finished[1].iterdir()}
+    again = run(sweep(), finished[1], Options(devices=2), progress=False)
+    assert before == {path.name: path.stat().st_mtime_ns for path in finished[1].iterdir()}
+    assert [row["exact_match"] for row in again.results] == [row["exact_match"] for row in finished[0].results]
+
+
+def test_another_run_in_the_same_directory_is_refused_by_its_differences(finished):
+    other = Sweep.grid(tiny(width=32, epochs=3.0), seeds=2, dev_tests=16, tests=24, instructions=[4, 16])
+    with pytest.raises(BadInput, match=r"differs in width, epochs;") as refusal:
+        run(other, finished[1], Options(devices=2), progress=False)
+    assert "members_per_vmap" not in str(refusal.value)
+    with pytest.raises(BadInput, match=r"members \(4 there, 2 asked for\)"):
+        run(dataclasses.replace(sweep(), members=sweep().members[:2]), finished[1], Options(devices=2), progress=False)
+
+
+def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(BadInput, match="holds no run"):
+        run(sweep(), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_config_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadInput, match=r"cannot be read.*--overwrite"):
+        run(sweep(), tmp_path, progress=False)
+
+
+def test_a_family_too_small_leaves_nothing_behind(tmp_path):
+    small = tiny(family="repeated", k_min=2, k_max=2, instructions=64)
+    with pytest.raises(
+        BadInput, match=r"500 held-out rules|\d+ held-out rules were asked for, but the family has only"
+    ):
+        run(Sweep((), (Member(small, 0),), 16, 500), tmp_path / "new" / "run", progress=False)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (Options(devices=5), "--devices=5: this machine has 4"),
+        (Options(devices=2, data_parallel=3), "--data_parallel=3: must divide --devices=2"),
+        (Options(devices=4, data_parallel=4, members_per_vmap=0), "--members_per_vmap=0"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(options, why):
+    with pytest.raises(BadInput, match=why):
+        plan(sweep(), options)
+
+
+def test_a_value_named_twice_is_refused():
+    with pytest.raises(BadInput, match="twice"):
+        Sweep.grid(TINY, instructions=[4, 4]).validate()
+
+
+class TestPlan:
+    def test_counts_members_parameters_and_memory(self):
+        (group,) = plan(sweep(), Options(devices=4)).groups
+        params = run_params(sweep().members[0])
+        assert group.members == 4 and group.idle == 0 and group.parameters == params
+        # AdamW keeps two moments; two counters and a flag besides.
+        assert group.state_bytes == pytest.approx(4 * 3 * 4 * params, rel=0.01)
+
+    def test_flops_agree_with_xla(self):
+        """Our count against XLA's, of one laptop step; XLA also counts norms, softmax and the optimiser."""
+        from instrdiv.planning import flops_per_example
+        from instrdiv.presets import LAPTOP
+        from tests.worlds import trainer
+
+        setting = dataclasses.replace(LAPTOP, optimizer="adamw", epochs=64 / 16_384, reports=1, warmup_steps=0)
+        t = trainer([Member(setting, 0)])
+        cost = t.train_chunk.lower(*t.chunk_arguments()).compile().cost_analysis()
+        assert cost["flops"] == pytest.approx(flops_per_example(t.group) * 64, rel=0.2)
+
+    def test_a_sweep_of_200_members_plans_quickly(self):
+        import time
+
+        big = Sweep.grid(instrdiv.presets.PAPER, seeds=4, instructions=range(10, 510, 10))
+        started = time.monotonic()
+        text = plan(big).text
+        assert time.monotonic() - started < 5 and "200 members" in text
+
+
+def run_params(member):
+    from tests.worlds import trainer
+
+    return sum(leaf[0].size for leaf in jax.tree.leaves(trainer([member]).state.params))
+
+
+def test_from_a_notebook_in_under_ten_lines():
+    sweep = instrdiv.Sweep.grid(TINY, seeds=1, dev_tests=8, tests=8, instructions=[4, 8])
+    result = instrdiv.run(sweep, progress=False)
+    text = result.threshold().text
+    figure = result.plot()
+    assert "threshold" in text and figure.axes
+    assert set(result.params) == {member.id for member in sweep.members}
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.params))

@@ -1,0 +1,95 @@
+"""Settings: their three parts, their columns, and what is refused."""
+
+import dataclasses
+import math
+
+import pytest
+
+from instrdiv.presets import BASES
+from instrdiv.settings import (
+    SETTING_COLUMNS,
+    BadInput,
+    Member,
+    Setting,
+    StaticFields,
+    TableFields,
+    TracedFields,
+)
+from tests.worlds import tiny
+
+
+def test_every_field_belongs_to_exactly_one_part():
+    parts = [{f.name for f in dataclasses.fields(part)} for part in (TableFields, TracedFields, StaticFields)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(dataclasses.fields(Setting))
+
+
+def test_every_field_has_a_column_and_a_line_of_help():
+    names = {field.name for field in dataclasses.fields(Setting)}
+    assert set(SETTING_COLUMNS) == names
+    assert all(field.metadata["help"] for field in dataclasses.fields(Setting))
+
+
+def test_the_columns_start_as_the_contract_says():
+    assert list(SETTING_COLUMNS[:11]) == [
+        *("instructions", "no_op_fraction", "tail_shape", "family", "k_min", "k_max", "occurrences"),
+        *("input_length", "pattern_length", "width", "layers"),
+    ]
+
+
+def test_lengths_default_to_fixed_ones():
+    row = Setting(pattern_length=7).as_row()
+    assert row["pattern_length_min"] == row["replacement_length"] == row["replacement_length_min"] == 7
+    assert row["input_length_min"] == row["input_length"]
+
+
+def test_equal_members_have_equal_ids_however_they_are_written():
+    assert Member(tiny(), 0).id == Member(tiny(pattern_length_min=2, replacement_length=2), 0).id
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_presets_are_valid(name):
+    BASES[name].validate()
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    paper = BASES["paper"]
+    assert (paper.layers, paper.width, paper.heads, paper.input_length, paper.pattern_length) == (6, 256, 4, 50, 20)
+    assert (paper.examples, paper.epochs, paper.learning_rate, paper.optimizer, paper.schedule) == (
+        10**6, 50, 1e-3, "adamw", "linear")  # fmt: skip
+    assert paper.task_shape.sequence == 144
+
+
+REFUSED = {
+    "instructions": ({"instructions": 65}, "must not exceed --config.examples=64"),
+    "no_op_fraction": ({"no_op_fraction": 1.5}, r"must be in \[0, 1\]"),
+    "near_miss_fraction": ({"near_miss_fraction": -0.1}, r"must be in \[0, 1\]"),
+    "pattern_length": ({"pattern_length": 6}, "must not exceed the shortest input, 5"),
+    "occurrences": ({"occurrences": (1, 3)}, "at most 2 patterns of 2 fit into an input of 5"),
+    "heads": ({"heads": 3}, "must divide --config.width=16"),
+    "family": ({"family": "palindromic"}, "families are free, repeated"),
+    "k_min": ({"family": "repeated", "k_min": 3, "k_max": 3}, r"no order k in 3\.\.3 divides"),
+    "k_max": ({"k_min": 3, "k_max": 2}, "at least --config.k_min=3"),
+    "learning_rate": ({"learning_rate": math.nan}, "at least 0"),
+    "epochs": ({"epochs": 0.0}, "must be positive"),
+    "positions": ({"positions": "sinusoidal"}, "must be one of learned, rotary, none"),
+    "warmup_steps": ({"warmup_steps": 10_000}, "must not exceed the 16 steps"),
+    "input_length_min": ({"input_length_min": 9}, r"must be in 1\.\.5"),
+    "held_out_share": ({"held_out_share": 1.0}, "between 0 and 1"),
+    "tail_shape": ({"tail_shape": 0.0}, "must be positive"),
+    "alphabet_size": ({"alphabet_size": 1}, r"must be in 2\.\.62"),
+    "replacement_length": ({"replacement_length": -1}, "at least 0"),
+    "batch_size": ({"batch_size": 0}, "at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_flag(name):
+    changes, why = REFUSED[name]
+    with pytest.raises(BadInput, match=rf"^--config\.{name}=.*{why}") as refusal:
+        tiny(**changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_ops_that_could_never_be_drawn_are_refused():
+    with pytest.raises(BadInput, match=r"no_op_fraction.*almost never lacks a pattern of 1"):
+        tiny(no_op_fraction=0.1, pattern_length=1, alphabet_size=2, input_length=30)

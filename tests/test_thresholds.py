@@ -1,0 +1,117 @@
+"""Thresholds and intervals against values worked out by hand or by an independent formula."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instrdiv import thresholds
+from instrdiv.thresholds import crossing, exact_interval, mean_interval, threshold
+
+
+def row(instructions, exact_match, seed=0, split="unseen", status="ok"):
+    return {"instructions": instructions, "exact_match": exact_match, "seed": seed, "split": split, "slice": "has_op",
+            "status": status, "member": f"{instructions}-{seed}"}  # fmt: skip
+
+
+def table(curves, split="unseen"):
+    """Rows from {seed: {I: exact match}}."""
+    return [row(i, y, seed, split) for seed, curve in curves.items() for i, y in curve.items()]
+
+
+class TestCrossing:
+    def test_halfway_between_two_points_is_their_geometric_mean(self):
+        found = crossing([100, 400], [0.0, 1.0])
+        assert found.value == pytest.approx(200) and (found.below, found.above) == (100, 400)
+
+    def test_interpolates_linearly_in_log(self):
+        assert crossing([10, 100, 1000], [0.0, 0.4, 0.8]).value == pytest.approx(100 * 10**0.25)
+
+    def test_a_dip_is_smoothed_away(self):
+        """0.6 then 0.4 become 0.5 and 0.5: the curve first reaches one half at the first of them."""
+        assert crossing([1, 10, 100, 1000], [0.0, 0.6, 0.4, 1.0]).value == pytest.approx(10)
+
+    def test_order_does_not_matter(self):
+        assert crossing([400, 100], [1.0, 0.0]) == crossing([100, 400], [0.0, 1.0])
+
+    def test_outside_the_range_there_is_none(self):
+        above, below = crossing([10, 100], [0.0, 0.3]), crossing([10, 100], [0.6, 0.9])
+        assert math.isnan(above.value) and above.below == 100 and math.isnan(above.above)
+        assert math.isnan(below.value) and below.above == 10 and math.isnan(below.below)
+
+    @given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
+    def test_lies_inside_its_bracket(self, values):
+        found = crossing([2**i for i in range(len(values))], values)
+        assert math.isnan(found.value) or found.below <= found.value <= found.above
+
+
+class TestThreshold:
+    def test_is_a_geometric_mean_over_seeds(self):
+        found = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 1}, 2: {25: 0, 400: 1}}))
+        values = [200, 200, 100]
+        logs = np.log(values)
+        half = 4.302652729911275 * logs.std(ddof=1) / math.sqrt(3)  # t(0.975, 2)
+        assert found.interval.mean == pytest.approx(np.exp(logs.mean()))
+        assert (found.interval.low, found.interval.high) == pytest.approx(
+            np.exp([logs.mean() - half, logs.mean() + half])
+        )
+        assert (found.below, found.above) == (25, 400)
+
+    def test_seeds_outside_the_range_are_counted_not_averaged(self):
+        found = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 0.3}}))
+        assert found.outside == 1 and found.interval.mean == pytest.approx(200)
+        assert "1 of 2 seeds" in found.text
+
+    def test_no_threshold_is_said(self):
+        assert "no threshold" in threshold(table({0: {100: 0, 400: 0.1}})).text
+
+    def test_one_seed_has_no_interval(self):
+        found = threshold(table({0: {100: 0, 400: 1}}))
+        assert math.isnan(found.interval.low) and "interval" not in found.text
+
+
+class TestIntervals:
+    @pytest.mark.parametrize("successes, tests", [(0, 10), (10, 10), (3, 10), (480, 2000)])
+    def test_the_exact_interval_covers_what_its_definition_says(self, successes, tests):
+        from scipy import stats
+
+        low, high = exact_interval(successes, tests)
+        assert low <= successes / tests <= high
+        if successes > 0:
+            assert stats.binom.sf(successes - 1, tests, low) == pytest.approx(0.025, rel=1e-6)
+        if successes < tests:
+            assert stats.binom.cdf(successes, tests, high) == pytest.approx(0.025, rel=1e-6)
+
+    def test_mean_interval_is_students(self):
+        found = mean_interval([0.1, 0.2, 0.6])
+        half = 4.302652729911275 * np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3)
+        assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half))
+
+
+class TestVerdict:
+    def results(self, unseen, seen=1.0):
+        rows = table({s: dict(unseen) for s in range(3)})
+        return rows + table({s: {i: seen for i in unseen} for s in range(3)}, "seen")
+
+    def test_a_step_is_reproduced(self):
+        claims = thresholds.instruction_step_claims(self.results({10: 0.0, 100: 0.4, 1000: 0.99}))
+        assert thresholds.verdict(claims) == "reproduced"
+
+    @pytest.mark.parametrize("unseen, seen", [({10: 0.3, 1000: 1.0}, 1.0), ({10: 0.0, 1000: 0.8}, 1.0),
+                                              ({10: 0.0, 1000: 1.0}, 0.5)])  # fmt: skip
+    def test_anything_less_is_not(self, unseen, seen):
+        claims = thresholds.instruction_step_claims(self.results(unseen, seen))
+        assert thresholds.verdict(claims) == "not reproduced"
+
+    def test_diverged_members_are_left_out(self):
+        rows = [row(10, 0.0), row(10, 1.0, 1, status="diverged at step 3")]
+        assert thresholds.by_value(thresholds.select(rows, "unseen", "has_op")) == {10: [0.0]}
+
+
+def test_the_logistic_overlay_finds_a_logistic():
+    x = np.geomspace(10, 10_000, 12)
+    y = 0.95 / (1 + np.exp(-(np.log(x) - np.log(300)) / 0.4))
+    centre, width, top = thresholds.logistic_fit(x, y)
+    assert (centre, width, top) == pytest.approx((300, 0.4, 0.95), rel=1e-3)
