@@ -17,7 +17,7 @@ from instrdiv.thresholds import instruction_step_claims
 REPORTED_STEP = (300, 1000)
 
 PRESETS = {
-    "smoke": Preset(SMOKE, {"instructions": (4, 64)}, seeds=2, dev_tests=64, tests=128),
+    "smoke": Preset(SMOKE, {"instructions": (4, 64)}, seeds=2, dev_tests=64, tests=128, judged=False),
     "laptop": Preset(LAPTOP, {"instructions": (16, 64, 128, 256, 512, 1024, 4096, 16_384)}, dev_tests=256, tests=2_000),
     "gpu": Preset(
         GPU,

@@ -7,6 +7,7 @@ the member's own knobs. All splits go through one compiled program, in pieces of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.population import TEST_STREAM, MemberData, RulePools, build_rules, over_members, put, stream_key
 from instrdiv.rewriting.examples import Example, Rules, TaskShape, make_example
-from instrdiv.rewriting.rules import RuleTable, rule_counts, seen_in
+from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, seen_in
 from instrdiv.settings import Member
 from instrdiv.training import Trainer, exact_matches, make_decoder, predict
 
@@ -54,9 +55,10 @@ class TestSet:
         return len(self.rules[0])
 
 
-def held_out_rules(member: Member, dev_tests: int, tests: int) -> dict[str, RuleTable]:
+@functools.lru_cache(maxsize=32)
+def held_out_rules(source: RuleSource, dev_tests: int, tests: int) -> dict[str, RuleTable]:
     """The held-out rules of ``unseen_dev`` and ``unseen``: different ones, one a test, shared by all members."""
-    rules = build_rules(member.setting.rule_source, dev_tests + tests, seed=None)
+    rules = build_rules(source, dev_tests + tests, seed=None)
     return {"unseen_dev": rules[:dev_tests], "unseen": rules[dev_tests:]}
 
 
@@ -75,9 +77,7 @@ def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_t
     if split == "seen":
         tables = [seen_rules(member, pools, tests) for member in members]
         return TestSet(split, tables, [np.zeros((tests, 2), bool)] * len(members))
-    by_source = {m.setting.rule_source: m for m in members}
-    held_out = {source: held_out_rules(m, dev_tests, tests)[split] for source, m in by_source.items()}
-    tables = [held_out[member.setting.rule_source] for member in members]
+    tables = [held_out_rules(member.setting.rule_source, dev_tests, tests)[split] for member in members]
     seen = []
     for member, table in zip(members, tables, strict=True):
         trained = pools.of(member)

@@ -39,6 +39,7 @@ class Preset:
       values: field of the setting -> the values it takes; their product is trained.
       seeds: models a setting.
       dev_tests, tests: see ``Sweep``.
+      judged: large enough to bear out, or contradict, what the papers say.
     """
 
     base: Setting
@@ -46,6 +47,7 @@ class Preset:
     seeds: int = 3
     dev_tests: int = 256
     tests: int = 2_000
+    judged: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +224,13 @@ def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = N
 
 
 def _conclude(figure: Figure, result: Run, run_dir: Path) -> None:
-    claims = figure.claims(result.results)
-    for claim in claims:
-        print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
-    print(f"{thresholds.verdict(claims)} (at this preset)")
+    if figure.presets[FLAGS.preset].judged:
+        claims = figure.claims(result.results)
+        for claim in claims:
+            print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
+        print(f"verdict: {thresholds.verdict(claims)}")
+    else:
+        print(f"verdict: none, the preset {FLAGS.preset} is too small to show anything")
     print(f"picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
 
 

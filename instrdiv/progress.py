@@ -3,58 +3,45 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 
 class Reporter:
     """Shows how far a run is, how fast, and how its members do.
 
-    The rate leaves out compilation: it is measured between reports, from the first on.
-
     Args:
       total_examples: examples the whole run will train on, members counted.
-      tokens_per_example: of a group, to turn rates into tokens/s.
       enabled: False shows nothing.
       stream: where to write; standard error by default.
-      clock: seconds.
     """
 
-    def __init__(
-        self,
-        total_examples: int,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, total_examples: int, enabled: bool = True, stream: TextIO | None = None):
         self._console = Console(file=stream or sys.stderr)
-        self._enabled, self._clock = enabled, clock
+        self._enabled = enabled
         self._total, self._done = total_examples, 0
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if enabled and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             self._bar = Progress(
-                *columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"), console=self._console
+                BarColumn(None), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), expand=True
             )
-            self._task = self._bar.add_task("training", total=total_examples, status="compiling")
+            self._task = self._bar.add_task("", total=total_examples)
+            self._status = Text(overflow="fold")
+            self._live = Live(Group(self._bar, self._status), console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> Reporter:
-        if self._bar:
-            self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._enabled:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._live:
+            self._live.stop()
 
     def report(
         self, examples: int, seconds: float | None, tokens_per_example: int, exact_match: Sequence[float], where: str
@@ -69,23 +56,20 @@ class Reporter:
           where: such as "step 40 of 600".
         """
         self._done += examples
-        spread = "unseen_dev exact match (min/median/max) " + "/".join(f"{value:.2f}" for value in _spread(exact_match))
-        rate = eta = ""
+        spread = "/".join(f"{value:.2f}" for value in _spread(exact_match))
+        parts = [f"unseen_dev exact match {spread} (min/median/max)"]
         if seconds:
             rate = f"{examples / seconds:,.0f} examples/s, {examples * tokens_per_example / seconds:,.0f} tokens/s"
-            eta = f"ETA {_duration((self._total - self._done) * seconds / examples)}"
-        status = ", ".join(part for part in (eta, rate, spread) if part)
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, status=status)
-        else:
-            self.say(f"{where}: {status}")
+            parts = [f"ETA {_duration((self._total - self._done) * seconds / examples)}", rate, *parts]
+        self.working(f"{where}: {', '.join(parts)}")
 
     def working(self, status: str) -> None:
-        """What is being done between reports."""
-        if self._bar:
-            self._bar.update(self._task, status=status)
-        else:
-            self.say(status)
+        """What is being done."""
+        if self._live:
+            self._bar.update(self._task, completed=self._done)
+            self._status.plain = status
+        elif self._enabled:
+            self._console.print(status, highlight=False, markup=False, soft_wrap=True)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -175,8 +175,8 @@ def run(
     if directory and directory.finished:
         return directory.read()
     pools = RulePools(sweep.members)
-    for source_member in {member.setting.rule_source: member for member in sweep.members}.values():
-        held_out_rules(source_member, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
+    for source in {member.setting.rule_source for member in sweep.members}:
+        held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
     if directory:
         directory.begin()
 
@@ -331,14 +331,15 @@ class RunDirectory:
         }
         _check_writable(path)
         self.finished = False
-        if path.exists() and any(path.iterdir()) and not overwrite:
-            self._check_same_run()
-            self.finished = (path / "results.csv").exists()
+        if path.exists() and any(path.iterdir()):
+            if not (path / "config.json").exists():
+                raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
+            if not overwrite:
+                self._check_same_run()
+                self.finished = (path / "results.csv").exists()
 
     def _check_same_run(self) -> None:
         config_path = self.path / "config.json"
-        if not config_path.exists():
-            raise BadInput(f"--run_dir={self.path}: is not empty and holds no run; choose another directory")
         try:
             there = json.loads(config_path.read_text())
             differ = _differences(there, json.loads(json.dumps(plain(self.config))))
@@ -380,7 +381,7 @@ def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
     """How much the ``unseen`` rules look like each member's trained ones; a row a member."""
     rows = []
     for member in sweep.members:
-        held_out = held_out_rules(member, sweep.dev_tests, sweep.tests)["unseen"]
+        held_out = held_out_rules(member.setting.rule_source, sweep.dev_tests, sweep.tests)["unseen"]
         report = resemblance(pools.of(member), held_out)
         rows.append({"member": member.id, "seed": member.seed, "instructions": member.setting.instructions, **report})
     return rows

@@ -199,6 +199,8 @@ class Setting(StaticFields, TracedFields, TableFields):
                 _refuse(name, getattr(self, name), "must be positive")
         if not math.isfinite(self.epochs):
             _refuse("epochs", self.epochs, "must be finite")
+        if self.split_seed >= 2**30:
+            _refuse("split_seed", self.split_seed, f"must be below {2**30}")
         if not 0 < self.held_out_share < 1:
             _refuse("held_out_share", self.held_out_share, "must be between 0 and 1")
         if not 2 <= self.alphabet_size <= len(LETTERS):

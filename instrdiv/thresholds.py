@@ -100,8 +100,9 @@ class Threshold:
         """One line for people."""
         seeds = len(self.per_seed)
         if self.outside == seeds:
-            where = "below" if all(math.isnan(c.below) for c in self.per_seed.values()) else "not within"
-            return f"no threshold: the curves pass one half {where} the tested range ({seeds} seeds)"
+            below = sum(math.isnan(c.below) for c in self.per_seed.values())
+            where = {0: "above", seeds: "below"}.get(below, "outside")
+            return f"no threshold: the curves pass one half, if at all, {where} the tested range ({seeds} seeds)"
         text = f"I50 = {self.interval.mean:,.0f}"
         if not math.isnan(self.interval.low):
             text += f" (95 % interval {self.interval.low:,.0f} to {self.interval.high:,.0f} over {seeds} seeds)"

@@ -75,7 +75,7 @@ def test_a_looser_split_has_seen_replacements():
 
 def test_dev_and_final_rules_differ_and_all_members_share_them():
     population = members(3)
-    rules = held_out_rules(population[0], 24, 40)
+    rules = held_out_rules(population[0].setting.rule_source, 24, 40)
     texts = {name: {table.text(i, Alphabet(26)) for i in range(len(table))} for name, table in rules.items()}
     assert len(texts["unseen_dev"]) == 24 and len(texts["unseen"]) == 40 and not texts["unseen_dev"] & texts["unseen"]
     test_set = make_test_set("unseen", population, RulePools(population), 24, 40)

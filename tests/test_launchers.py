@@ -25,7 +25,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert first.returncode == 0, first.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"figure.png", "figure.pdf", "results.csv", "metrics.csv", "provenance.json", "config.json"} <= names
-    assert "reproduced" in first.stdout and "examples/s" in first.stderr and "Traceback" not in first.stderr
+    assert "verdict: none" in first.stdout and "examples/s" in first.stderr and "Traceback" not in first.stderr
     results = (tmp_path / "run" / "results.csv").read_bytes()
     (tmp_path / "run" / "figure.png").unlink()
     again = command(FIG2A, *flags)

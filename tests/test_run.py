@@ -173,3 +173,16 @@ def test_from_a_notebook_in_under_ten_lines():
     assert "threshold" in text and figure.axes
     assert set(result.params) == {member.id for member in sweep.members}
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.params))
+
+
+@pytest.mark.slow
+def test_the_paper_preset_runs_three_steps_at_full_shape():
+    """Papers' model, strings, batch and rule table of a million; one member, since this is a CPU. Minutes."""
+    from instrdiv.presets import PAPER
+    from tests.worlds import trainer
+
+    setting = dataclasses.replace(PAPER, instructions=10**6, epochs=3 * 512 / 10**6, reports=1, warmup_steps=0)
+    t = trainer([Member(setting, 0)])
+    metrics = t.advance()
+    assert t.step == 3 and t.group.shape.sequence == 144
+    assert np.isfinite(metrics.loss).all() and metrics.loss[0] < 5
