@@ -4,13 +4,16 @@ PYTHON ?= python3
 RUN_DIR ?= runs/fig2a
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/core
 	$(BIN)/python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=$(RUN_DIR)
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -n0 -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .

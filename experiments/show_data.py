@@ -12,38 +12,40 @@ import jax
 import numpy as np
 from absl import flags
 
-from instrdiv.evaluation import SPLITS, make_test_set, sample_test, stream_of_split
+from instrdiv.evaluation import SPLITS, make_test_set, sample_test, seen_rules, stream_of_split
 from instrdiv.launcher import FLAGS, NumberParser, define_preset_flag, define_setting_flags, setting_flags, start
 from instrdiv.population import ExampleOrder, RulePools, make_groups, stack_group, training_example
-from instrdiv.presets import BASES
+from instrdiv.presets import BASES, DEV_TESTS
 from instrdiv.rewriting.examples import Rules
 from instrdiv.settings import BadInput, Member, Setting, alphabet_of
 
 
-def rows(setting: Setting, split: str, count: int, seed: int) -> list[dict]:
+def rows(setting: Setting, split: str, count: int, seed: int, dev_tests: int) -> list[dict]:
     """Examples as ``pattern, replacement, input, answer, op, rule_id, split``.
 
-    ``rule_id`` is the rule's place in the seed's pool (``train``, ``seen``), or the number of the test.
+    ``rule_id`` is the rule's place in the seed's pool (``train``, ``seen``) or among the held-out rules; the first
+    ``dev_tests`` of those are ``unseen_dev``, the next ones ``unseen``.
     Raises BadInput for a setting that cannot be sampled.
     """
     setting.validate()
-    members = [Member(setting, seed)]
-    (group,), pools = make_groups(members), RulePools(members)
-    tables, stacked = stack_group(group, pools, 1)
-    data = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), stacked)
+    most = {"train": setting.examples, "unseen_dev": dev_tests}.get(split, count)
+    if count > most:
+        raise BadInput(f"--num={count}: --split={split} has {most} examples")
+    member = Member(setting, seed)
+    (group,), pools = make_groups([member]), RulePools([member])
+    tables, data = jax.tree.map(jax.numpy.asarray, stack_group(group, pools, 1))
+    data = jax.tree.map(lambda leaf: leaf[0], data)
     if split == "train":
-        if count > setting.examples:
-            raise BadInput(f"--num={count}: the training set has --config.examples={setting.examples} examples")
         index = ExampleOrder(setting.examples, count).batches(0, 1)[0]
-        tables = jax.tree.map(jax.numpy.asarray, tables)
         batch = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, data, i)))(index)
-        rule_ids = np.searchsorted(stacked.cumulative_counts[0], index, side="right")
+        rule_ids = np.searchsorted(np.asarray(data.cumulative_counts), index, side="right")
     else:
-        tests = make_test_set(split, members, pools, dev_tests=count, tests=count)
+        tests = make_test_set(split, [member], pools, dev_tests, tests=count)
         stream = stream_of_split(split, setting.split_seed)
         make = jax.jit(jax.vmap(lambda rule, i: sample_test(group.shape, data, rule, stream, i)))
-        batch = make(Rules.from_table(tests.rules[0]), np.arange(count))
-        rule_ids = np.arange(count)
+        batch = make(Rules.from_table(tests.rules[0][:count]), np.arange(count))
+        first = {"unseen_dev": 0, "unseen": dev_tests}
+        rule_ids = seen_rules(member, count) if split == "seen" else first[split] + np.arange(count)
     alphabet, result = alphabet_of(setting), []
     columns = map(np.asarray, (batch.tokens, batch.occurrences, batch.near_miss))
     for rule_id, tokens, occurrences, near_miss in zip(rule_ids, *columns, strict=True):
@@ -67,7 +69,7 @@ def as_text(shown: list[dict]) -> str:
 
 def main() -> None:
     setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
-    shown = rows(setting, FLAGS.split, FLAGS.num, FLAGS.seed)
+    shown = rows(setting, FLAGS.split, FLAGS.num, FLAGS.seed, DEV_TESTS[FLAGS.preset])
     print(as_text(shown) if FLAGS.format == "text" else "\n".join(map(json.dumps, shown)))
 
 
@@ -79,5 +81,5 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum("format", "text", ["text", "jsonl"], "how it is written")
     flags.DEFINE(NumberParser(int, low=1), "num", 10, "how many examples")
-    flags.DEFINE(NumberParser(int, low=0), "seed", 0, "whose rules and inputs")
+    flags.DEFINE(NumberParser(int, low=0, high=2**31 - 1), "seed", 0, "whose rules and inputs")
     start(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,20 +62,20 @@ def held_out_rules(source: RuleSource, dev_tests: int, tests: int) -> dict[str, 
     return {"unseen_dev": rules[:dev_tests], "unseen": rules[dev_tests:]}
 
 
-def seen_rules(member: Member, pools: RulePools, tests: int) -> RuleTable:
-    """Trained rules to test on, [tests]: every rule that has an example is as likely as any other."""
+def seen_rules(member: Member, tests: int) -> np.ndarray:
+    """Trained rules to test on, as places in the pool int32 [tests]: each rule that has an example equally often."""
     s = member.setting
     counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
     trained = np.flatnonzero(counts)
     words = np.random.Philox(key=np.array([member.seed, 0x7365656E], np.uint64)).random_raw(len(trained))
     order = trained[np.argsort(words, kind="stable")]
-    return pools.of(member)[np.resize(order, tests)]
+    return np.resize(order, tests).astype(np.int32)
 
 
 def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_tests: int, tests: int) -> TestSet:
     """The tests of a split for these members."""
     if split == "seen":
-        tables = [seen_rules(member, pools, tests) for member in members]
+        tables = [pools.of(member)[seen_rules(member, tests)] for member in members]
         return TestSet(split, tables, [np.zeros((tests, 2), bool)] * len(members))
     tables = [held_out_rules(member.setting.rule_source, dev_tests, tests)[split] for member in members]
     seen = []
@@ -114,15 +114,15 @@ class Evaluator:
 
         member, test = P("member"), P("data")
         member_test = P("member", "data")
-        in_specs = [member, member, member_test, member_test, P(), test]
+        in_specs = [member, member, member_test, member_test, member, test]
         self.program = over_members("evaluate", evaluate, trainer.mesh, trainer.members_per_vmap, in_specs)
 
-    def pieces(self, tests: TestSet, split_seed: int) -> list[tuple]:
-        """The tests as device arguments of the program, padded with tests of index -1."""
-        members = len(self.trainer.group.members)
-        rows = [*range(members), *[0] * (self.trainer.size - members)]
-        stream = jnp.uint32(stream_of_split(tests.split, split_seed))
-        result = []
+    def pieces(self, tests: TestSet) -> Iterator[tuple]:
+        """The tests as device arguments of the program, piece by piece, padded with tests of index -1."""
+        members, mesh = self.trainer.group.members, self.trainer.mesh
+        rows = [*range(len(members)), *[0] * (self.trainer.size - len(members))]
+        streams = [stream_of_split(tests.split, members[row].setting.split_seed) for row in rows]
+        stream = put(np.array(streams, np.uint32), mesh, P("member"))
         for start in range(0, len(tests), self.piece):
             index = np.arange(start, start + self.piece)
             chosen = np.minimum(index, len(tests) - 1)
@@ -130,12 +130,9 @@ class Evaluator:
             stacked = jax.tree.map(lambda *parts: np.stack(parts), *rules)
             seen = np.stack([tests.seen[row][chosen] for row in rows])
             index = np.where(index < len(tests), index, -1).astype(np.int32)
-            mesh = self.trainer.mesh
-            sharded = put((stacked, seen), mesh, P("member", "data"))
-            result.append((*sharded, stream, put(index, mesh, P("data"))))
-        return result
+            yield (*put((stacked, seen), mesh, P("member", "data")), stream, put(index, mesh, P("data")))
 
-    def count(self, pieces: list[tuple]) -> jax.Array:
+    def count(self, pieces: Iterable[tuple]) -> jax.Array:
         """int32 [M, slices, 2]: right answers and tests of every slice, without waiting for them."""
-        totals = [self.program(self.trainer.data, self.trainer.state.params, *piece) for piece in pieces]
-        return sum(totals[1:], totals[0])
+        totals = (self.program(self.trainer.data, self.trainer.state.params, *piece) for piece in pieces)
+        return functools.reduce(jnp.add, totals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import sys
 import types
@@ -86,7 +87,7 @@ def launch(figure: Figure) -> None:
     _define(whole, "seeds", "models a setting")
     _define(whole, "dev_tests", "held-out rules that are tested at every report")
     _define(whole, "tests", "held-out rules that are tested at the end")
-    _define(whole, "devices", "devices to use (default: all, on CPU one a core)")
+    _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
     _define(whole, "data_parallel", "devices that share one member's batch", default=1)
     _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU)")
     flags.DEFINE_string("run_dir", None, "where tables and pictures go (default: runs/<figure>-<preset>)")
@@ -102,7 +103,7 @@ def launch(figure: Figure) -> None:
         if FLAGS.dry_run:
             return
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
-        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite)
+        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False)
         figure.draw(result, run_dir / "figure")
         _conclude(figure, result, run_dir)
 
@@ -113,6 +114,10 @@ def make_sweep(figure: Figure, preset: Preset) -> Sweep:
     """The sweep that a preset and the flags ask for."""
     fixed = {name: value for name, value in setting_flags().items() if name not in preset.values}
     lists = {name: setting_flags().get(name, values) for name, values in preset.values.items()}
+    for name, values in lists.items():
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise BadInput(f"--config.{name}={','.join(map(str, values))}: names {twice[0]} twice")
     base = dataclasses.replace(preset.base, **fixed)
     settings = [
         dataclasses.replace(base, **dict(zip(lists, values, strict=True)))
@@ -181,10 +186,10 @@ def _parser_for(kind: Any, choices: Sequence[str] | None) -> flags.ArgumentParse
 
 
 class NumberParser(flags.ArgumentParser):
-    """A whole number or a number, with a lower bound."""
+    """A whole number or a number, within bounds."""
 
-    def __init__(self, kind: type[int] | type[float], low: float | None = None):
-        self.kind, self.low = kind, low
+    def __init__(self, kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf):
+        self.kind, self.low, self.high = kind, low, high
         self.syntactic_help = "a whole number" if kind is int else "a number"
 
     def parse(self, argument):
@@ -192,8 +197,9 @@ class NumberParser(flags.ArgumentParser):
             value = self.kind(argument)
         except ValueError:
             raise ValueError(f"must be {self.syntactic_help}") from None
-        if value != value or (self.low is not None and value < self.low):
-            raise ValueError(f"must be {self.syntactic_help}, at least {self.low}")
+        if not self.low <= value <= self.high:
+            bounds = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
+            raise ValueError(f"must be {self.syntactic_help}, {bounds}")
         return value
 
 

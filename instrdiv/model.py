@@ -73,12 +73,12 @@ class Decoder(nn.Module):
             x_BxTxD = Block(c, name=f"layer_{layer}")(x_BxTxD, position_BxT, mask_BxTxT, first, train)
         x_BxTxD = make_norm(c, "final_norm")(x_BxTxD)
         if c.tied_head:
-            logits = x_BxTxD @ embedding.astype(dtype).T
+            head = embedding.T
         else:
             head_init = nn.initializers.normal(0.02) if gpt2 else nn.initializers.lecun_normal()
             head = self.param("head", head_init, (c.width, self.vocabulary_size))
-            logits = x_BxTxD @ head.astype(dtype)
-        return logits.astype(jnp.float32)
+        # Not rounded to bfloat16: the best letter must not be a tie.
+        return jnp.einsum("btd,dv->btv", x_BxTxD, head.astype(dtype), preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):

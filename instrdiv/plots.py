@@ -53,6 +53,7 @@ def instruction_curve(
             axes.plot(row["instructions"], 0, "x", color="black", ms=8)
     if unseen:
         _threshold(axes, thresholds.threshold(unseen))
+        _logistic(axes, unseen)
     counts = sorted({row["instructions"] for row in results})
     axes.set_xscale("log")
     axes.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30 if len(counts) > 9 else 0)
@@ -63,6 +64,7 @@ def instruction_curve(
     axes.set_ylabel("exact match (has-op)")
     axes.grid(alpha=0.25)
     axes.set_title(title, loc="left", fontsize=13, weight="bold")
+    _shares(axes, thresholds.by_value(unseen))
     axes.legend(loc="center right" if not unseen else "best", fontsize=9, framealpha=0.9)
     figure.supxlabel(caption(results), fontsize=8.5, color="#444444", x=0.02, ha="left")
     if path_stem is not None:
@@ -115,6 +117,26 @@ def _curve(axes, values: dict[float, list[float]], color: str, marker: str, labe
         # Seeds side by side: a nudge too small to be read as another count.
         nudge = 1.04 ** (np.arange(len(points)) - (len(points) - 1) / 2)
         axes.plot(value * nudge, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+
+
+def _logistic(axes, unseen: Sequence[Row]) -> None:
+    """An overlay for the eye; the threshold does not come from it."""
+    fit = thresholds.logistic_fit([row["instructions"] for row in unseen], [row["exact_match"] for row in unseen])
+    if fit:
+        centre, width, top = fit
+        x = np.geomspace(min(r["instructions"] for r in unseen), max(r["instructions"] for r in unseen), 200)
+        y = top / (1 + np.exp(-(np.log(x) - np.log(centre)) / width))
+        axes.plot(x, y, color=UNSEEN, lw=0.9, alpha=0.55, ls="-.", zorder=2, label="logistic fit (overlay only)")
+
+
+def _shares(axes, values: dict[float, list[float]]) -> None:
+    """Above the axes: how many seeds of each count pass one half. Near the step seeds are bimodal: a mean hides it."""
+    top = axes.secondary_xaxis("top")
+    labels = [f"{sum(point > 0.5 for point in points)}/{len(points)}" for points in values.values()]
+    top.set_xticks(list(values), labels, fontsize=8.5, color=UNSEEN)
+    top.tick_params(length=0, pad=1)
+    top.minorticks_off()
+    top.set_xlabel("models above one half on unseen rules", fontsize=8.5, color=UNSEEN, loc="left", labelpad=2)
 
 
 def _threshold(axes, found: thresholds.Threshold) -> None:

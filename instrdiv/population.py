@@ -61,7 +61,7 @@ class MemberData:
 
 def stream_key(stream: int, seed: jax.Array | int) -> jax.Array:
     """The PRNG key of one use of randomness and one seed."""
-    return jax.random.fold_in(jax.random.key(stream), seed)
+    return jax.random.fold_in(jax.random.key(stream, impl="threefry2x32"), seed)
 
 
 def training_example(shape: TaskShape, tables: Tables, data: MemberData, index: jax.Array) -> Example:
@@ -104,6 +104,8 @@ class RulePools:
 
     def __init__(self, members: Sequence[Member]):
         """Builds every pool at the size its largest member needs. Raises BadInput where a family is too small."""
+        if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+            raise BadInput("JAX_THREEFRY_PARTITIONABLE=0: examples are defined with JAX's default, 1; unset it")
         needed: dict[tuple[int, RuleSource], int] = {}
         for member in members:
             key = (member.seed, member.setting.rule_source)
@@ -149,9 +151,9 @@ def make_groups(members: Sequence[Member]) -> list[Group]:
         shapes = [member.setting.task_shape for member in group]
         answer = max(shape.answer for shape in shapes)
         planted = max(shape.planted for shape in shapes)
-        ragged = any(shape.ragged for shape in shapes) or len({shape.answer for shape in shapes}) > 1
+        ragged = any(shape.ragged for shape in shapes)
         shape = dataclasses.replace(shapes[0], answer=answer, planted=planted, ragged=ragged)
-        groups.append(Group(str(number), config, shape, tuple(group)))
+        groups.append(Group(f"g{number}", config, shape, tuple(group)))
     return groups
 
 

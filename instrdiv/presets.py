@@ -96,4 +96,7 @@ GPU = dataclasses.replace(
     reports=50,
 )
 
+#: Held-out rules that are tested at every report; the rules after them are those of the final tests.
+DEV_TESTS = {"smoke": 64, "laptop": 256, "gpu": 1024, "paper": 1024}
+
 BASES = {"smoke": SMOKE, "laptop": LAPTOP, "gpu": GPU, "paper": PAPER}

@@ -1,13 +1,12 @@
-"""A whole run: plan a sweep, train its groups, test its members, write the tables and the picture."""
+"""A whole run: plan a sweep, train its groups, test its members, write the tables."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from instrdiv.results import (
     write_table,
 )
 from instrdiv.rewriting.rules import resemblance
-from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.settings import DEFAULT_ROW, BadInput, Member, Setting
 from instrdiv.training import StepMetrics, Trainer
 
 
@@ -75,6 +74,9 @@ class Sweep:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
         for setting in dict.fromkeys(member.setting for member in self.members):
             setting.validate()
+        for member in self.members:
+            if not 0 <= member.seed < 2**31:
+                raise BadInput(f"a seed is a whole number from 0 to 2^31 - 1, got {member.seed}")
         ids = [member.id for member in self.members]
         if len(set(ids)) < len(ids):
             raise BadInput("a sweep names the same setting twice: every value of a swept field must be different")
@@ -99,25 +101,31 @@ class Options:
 
         Raises BadInput where what was asked for does not fit.
         """
+        for name in ("devices", "data_parallel", "members_per_vmap"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"--{name}={value}: must be at least 1")
+        available = jax.device_count()
+        if self.devices is not None and self.devices > available:
+            raise BadInput(f"--devices={self.devices}: this machine has {available} ({jax.default_backend()})")
+        if self.data_parallel > (self.devices or available) or (self.devices or 0) % self.data_parallel:
+            whole = f"--devices={self.devices}" if self.devices else f"the {available} devices of this machine"
+            raise BadInput(f"--data_parallel={self.data_parallel}: must divide {whole}")
+        for batch in {member.setting.batch_size for member in sweep.members}:
+            if batch % self.data_parallel:
+                raise BadInput(f"--data_parallel={self.data_parallel}: must divide --config.batch_size={batch}")
+
         largest = max(len(group.members) for group in make_groups(sweep.members))
+        rows = (self.devices or available) // self.data_parallel
         per_vmap = self.members_per_vmap
         if per_vmap is None:
-            # On CPU one member already fills a core. Elsewhere small members leave the device idle: a guess until
-            # measured on the device at hand.
-            per_vmap = 1 if jax.default_backend() == "cpu" else min(8, largest)
-        available = jax.device_count()
-        devices = self.devices or min(available, max(1, largest // per_vmap) * self.data_parallel)
-        devices -= devices % self.data_parallel if self.devices is None else 0
-        if not 1 <= devices <= available:
-            raise BadInput(f"--devices={devices}: this machine has {available} ({jax.default_backend()})")
-        if self.data_parallel < 1 or devices % self.data_parallel:
-            raise BadInput(f"--data_parallel={self.data_parallel}: must divide --devices={devices}")
-        batch = min(member.setting.batch_size for member in sweep.members)
-        if any(member.setting.batch_size % self.data_parallel for member in sweep.members):
-            raise BadInput(f"--data_parallel={self.data_parallel}: must divide --config.batch_size={batch}")
-        if per_vmap < 1:
-            raise BadInput(f"--members_per_vmap={per_vmap}: must be at least 1")
-        return Options(devices, self.data_parallel, per_vmap)
+            # On CPU one member already fills a core. Elsewhere small members leave the device idle: blocks of about
+            # eight are a guess until measured, of equal size so that few members are idle.
+            blocks = math.ceil(largest / (rows * (1 if jax.default_backend() == "cpu" else 8)))
+            per_vmap = 1 if jax.default_backend() == "cpu" else math.ceil(largest / (rows * blocks))
+        if self.devices is None:
+            rows = min(rows, math.ceil(largest / per_vmap))
+        return Options(rows * self.data_parallel, self.data_parallel, per_vmap)
 
 
 @dataclasses.dataclass
@@ -126,7 +134,7 @@ class Run:
 
     Attributes:
       results, metrics, timings: rows of the three tables.
-      params: of every member, by its id (numpy trees); empty where the run was read back from its directory.
+      params: of every member, by its id (numpy trees); empty where they were not kept, or the run was read back.
     """
 
     results: list[Row]
@@ -155,6 +163,7 @@ def run(
     options: Options | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    keep_params: bool = True,
 ) -> Run:
     """Trains and tests a sweep.
 
@@ -162,23 +171,25 @@ def run(
       sweep: the members and their tests.
       run_dir: where tables go (see ``docs/architecture.md``); None keeps everything in memory. A directory that holds
         this very run, finished, is read back; unfinished, it is started again.
-      options: layout on the machine.
+      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory.
       progress: show a bar (or plain lines).
       overwrite: start anew in a directory that holds another run.
+      keep_params: copy the trained parameters to the host.
 
     Raises:
       BadInput: before anything compiles, with one line for the user.
     """
     sweep.validate()
-    options = (options or Options()).resolve(sweep)
+    options = options or Options()
     directory = None if run_dir is None else RunDirectory(Path(run_dir), sweep, options, overwrite)
     if directory and directory.finished:
         return directory.read()
+    options = (directory.options if directory else options).resolve(sweep)
     pools = RulePools(sweep.members)
     for source in {member.setting.rule_source for member in sweep.members}:
         held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
     if directory:
-        directory.begin()
+        directory.begin(options)
 
     groups = make_groups(sweep.members)
     examples = sum(len(g.members) * g.config.steps * g.config.batch_size for g in groups)
@@ -189,7 +200,8 @@ def run(
             runner = _GroupRun(sweep, group, pools, options, reporter, outcome, started)
             runner.train(directory.write_metrics if directory else None)
             runner.test()
-            outcome.params |= runner.member_params()
+            if keep_params:
+                outcome.params |= runner.member_params()
     if directory:
         directory.finish(outcome, pools, time.monotonic() - started)
     return outcome
@@ -205,22 +217,21 @@ class _GroupRun:
         assert options.devices and options.members_per_vmap
         mesh = make_mesh(options.devices, options.data_parallel)
         self.trainer = Trainer(group, pools, mesh, options.members_per_vmap)
-        self.evaluator = Evaluator(self.trainer, piece_size(sweep.dev_tests, options.data_parallel))
-        self.split_seed = group.config.split_seed
+        self.evaluator = Evaluator(self.trainer, piece_size(sweep, options.data_parallel))
 
-    def _test_pieces(self, split: str) -> list[tuple]:
+    def _test_pieces(self, split: str) -> Iterator[tuple]:
         tests = make_test_set(split, self.group.members, self.pools, self.sweep.dev_tests, self.sweep.tests)
-        return self.evaluator.pieces(tests, self.split_seed)
+        return self.evaluator.pieces(tests)
 
     def train(self, on_metrics: Callable[[Sequence[Row]], None] | None) -> None:
         """Chunk after chunk; the results of one are read while the next one runs."""
         config = self.group.config
         self.reporter.working(f"group {self.group.name}: compiling for {len(self.group.members)} members")
-        dev = self._test_pieces("unseen_dev")
+        dev = list(self._test_pieces("unseen_dev"))
         pending, clock = None, time.monotonic()
-        for chunk in range(config.reports + 1):
+        for chunk in range(config.chunks + 1):
             running = None
-            if chunk < config.reports:
+            if chunk < config.chunks:
                 metrics = self.trainer.advance()
                 counts = self.evaluator.count(dev)
                 # A copy: the state itself is donated to the next chunk.
@@ -259,9 +270,10 @@ class _GroupRun:
             {
                 "group": group.name,
                 "step": step,
+                "compiled": int(first),
                 "seconds": seconds,
-                "examples_per_second": examples / seconds,
-                "tokens_per_second": examples / seconds * group.shape.sequence,
+                "examples_per_second": float("nan") if first else examples / seconds,
+                "tokens_per_second": float("nan") if first else examples / seconds * group.shape.sequence,
                 "elapsed_seconds": time.monotonic() - self.started,
             }
         )
@@ -321,41 +333,48 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, sweep: Sweep, options: Options, overwrite: bool = False):
-        self.path, self.sweep, self.overwrite = path, sweep, overwrite
-        self.config = {
-            "figure": sweep.figure,
-            "dev_tests": sweep.dev_tests,
-            "tests": sweep.tests,
-            **dataclasses.asdict(options),
-            "members": [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in sweep.members],
-        }
-        _check_writable(path)
+        self.path, self.sweep, self.options = path, sweep, options
         self.finished = False
-        if path.exists() and any(path.iterdir()):
-            if not (path / "config.json").exists():
-                raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
-            if not overwrite:
-                self._check_same_run()
-                self.finished = (path / "results.csv").exists()
+        try:
+            _check_writable(path)
+            if path.exists() and any(path.iterdir()):
+                if not (path / "config.json").exists():
+                    raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
+                if not overwrite:
+                    self._check_same_run()
+                    self.finished = (path / "results.csv").exists()
+        except (OSError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"--run_dir={path}: cannot be used ({error}); name another directory") from None
+
+    def _config(self, options: Options) -> dict[str, Any]:
+        """What config.json says: everything needed to run it again."""
+        members = [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in self.sweep.members]
+        config = {"figure": self.sweep.figure, "dev_tests": self.sweep.dev_tests, "tests": self.sweep.tests}
+        return plain(config | dataclasses.asdict(options) | {"members": members})
 
     def _check_same_run(self) -> None:
-        config_path = self.path / "config.json"
+        """Raises BadInput where the directory holds another run; takes over the layout that it was launched with."""
         try:
-            there = json.loads(config_path.read_text())
-            differ = _differences(there, json.loads(json.dumps(plain(self.config))))
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-            raise BadInput(f"{config_path} cannot be read: {error}; --overwrite starts anew") from None
+            there = json.loads((self.path / "config.json").read_text())
+            differ = _differences(there, self._config(self.options))
+            kept = {name: there[name] for name in dataclasses.asdict(self.options)}
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            config = self.path / "config.json"
+            raise BadInput(f"{config} cannot be read: {error!r}; --overwrite starts anew") from None
         if differ:
             raise BadInput(f"--run_dir={self.path}: holds another run, which differs in {', '.join(differ)}; "
                            "choose another directory, or --overwrite to start anew")  # fmt: skip
+        self.options = Options(**kept)
 
-    def begin(self) -> None:
-        """Makes the directory and says in config.json what is being run."""
+    def begin(self, options: Options) -> None:
+        """Makes the directory and says in config.json what is being run, and how it is laid out."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("results.csv", "metrics.csv", "timings.csv", "resemblance.csv", "provenance.json", "figure.png",
                      "figure.pdf", "config.json"):  # fmt: skip
             (self.path / name).unlink(missing_ok=True)
-        write_json(self.path / "config.json", self.config)
+        write_json(self.path / "config.json", self._config(options))
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         write_table(self.path / "metrics.csv", rows, METRIC_COLUMNS)
@@ -379,43 +398,52 @@ class RunDirectory:
 
 def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
     """How much the ``unseen`` rules look like each member's trained ones; a row a member."""
+    largest = max(member.setting.instructions for member in sweep.members)
+    compared = max(16, min(256, 10_000_000 // largest))  # letter by letter, the same ones for all members
     rows = []
     for member in sweep.members:
         held_out = held_out_rules(member.setting.rule_source, sweep.dev_tests, sweep.tests)["unseen"]
-        report = resemblance(pools.of(member), held_out)
+        report = resemblance(pools.of(member), held_out, compared)
         rows.append({"member": member.id, "seed": member.seed, "instructions": member.setting.instructions, **report})
     return rows
 
 
-def piece_size(dev_tests: int, data_parallel: int) -> int:
-    """Tests a call of the compiled evaluation: at most 1024, a multiple of the data axis."""
-    size = min(dev_tests, 1024)
+def piece_size(sweep: Sweep, data_parallel: int) -> int:
+    """Tests a call of the compiled evaluation: all of ``unseen_dev`` where that is 128 to 1024; a multiple of the
+    data axis."""
+    size = min(1024, max(sweep.dev_tests, min(sweep.tests, 128)))
     return -(-size // data_parallel) * data_parallel
 
 
 def _check_writable(path: Path) -> None:
-    """Raises BadInput unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
+    """Raises BadInput or OSError unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
     nearest = path
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
         raise BadInput(f"--run_dir={path}: {nearest} is a file; name a directory")
-    probe = nearest / f".instrdiv-{time.monotonic_ns()}"
+    # A name as long as the longest one that will be made.
+    probe = nearest / f".instrdiv-{time.monotonic_ns()}".ljust(max(len(part) for part in path.parts), "-")
     try:
         probe.mkdir()
     except OSError as error:
         raise BadInput(f"--run_dir={path}: {nearest} is not writable ({error.strerror}); name another") from None
-    with contextlib.suppress(OSError):
-        shutil.rmtree(probe)
+    probe.rmdir()
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Names of the fields in which two configurations differ."""
-    names = [name for name in here if name != "members" and there[name] != here[name]]
-    if len(there["members"]) != len(here["members"]):
-        return [*names, f"members ({len(there['members'])} there, {len(here['members'])} asked for)"]
-    pairs = list(zip(there["members"], here["members"], strict=True))
-    return names + [name for name in here["members"][0] if name != "id" and any(a[name] != b[name] for a, b in pairs)]
+    """Names of the fields in which two configurations differ; a layout that was left open (None) differs in nothing.
+
+    A field that the older one lacks had the value that is now the default.
+    """
+    names = [name for name in here if name != "members" and here[name] not in (None, there[name])]
+    ours, theirs = here["members"], there["members"]
+    if len(ours) != len(theirs):
+        return [*names, f"members ({len(theirs)} there, {len(ours)} asked for)"]
+    default = plain(DEFAULT_ROW)
+    pairs = list(zip(theirs, ours, strict=True))
+    fields = [name for name in ours[0] if name != "id"]
+    return names + [n for n in fields if any(old.get(n, default.get(n)) != new[n] for old, new in pairs)]
 
 
 def _status(diverged_at) -> str:

@@ -4,7 +4,7 @@ A setting has three parts, told apart by their types:
 
 - ``TableFields`` decide tables that are built on the host (rules, counts a rule);
 - ``TracedFields`` become traced scalars: members that differ in them share one compiled program;
-- ``StaticFields`` decide array shapes and code: members that differ in them form *groups* of their own.
+- ``StaticFields`` decide array shapes and code, or are seldom swept: members that differ in them form *groups*.
 
 ``Setting`` is all three, flat, so that a field is changed in one place: ``dataclasses.replace(setting, width=128)``.
 To make a field cheap to sweep, move its line from one part to another (and read it there).
@@ -16,6 +16,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
+import types
+import typing
 from typing import Any
 
 from instrdiv.rewriting import rules
@@ -45,6 +48,9 @@ class TableFields:
     k_max: int = field(1, "highest order k of the family")
     pattern_length_min: int | None = field(None, "shortest pattern (default: pattern_length)")
     replacement_length_min: int | None = field(None, "shortest replacement (default: replacement_length)")
+    held_out: str = field("pattern_and_replacement", "what of a held-out rule is never trained on", rules.SPLITS)
+    held_out_share: float = field(0.2, "share of all strings that is kept for held-out rules")
+    split_seed: int = field(0, "which strings those are, and which held-out rules are tested")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +74,6 @@ class StaticFields:
     input_length: int = field(50, "longest input")
     pattern_length: int = field(20, "longest pattern")
     replacement_length: int | None = field(None, "longest replacement (default: pattern_length)")
-    held_out: str = field("pattern_and_replacement", "what of a held-out rule is never trained on", rules.SPLITS)
-    held_out_share: float = field(0.2, "share of all strings that is kept for held-out rules")
-    split_seed: int = field(0, "which strings those are, and which held-out rules are tested")
     examples: int = field(1_000_000, "size N = I * S of the fixed training set")
     epochs: float = field(50.0, "passes over the training set; the schedule ends with them")
     batch_size: int = field(512, "examples a step")
@@ -92,21 +95,26 @@ class StaticFields:
     final_rate: float = field(0.0, "rate at the end, as a share of the peak")
     adam_b2: float = field(0.999, "decay of Adam's second moment")
     clip: float = field(1.0, "largest global norm of a gradient")
-    reports: int = field(100, "progress reports a run; the number of steps is rounded up to a multiple of it")
-
-    @property
-    def steps(self) -> int:
-        """Training steps: the budget ``epochs * examples / batch_size``, rounded up to whole chunks."""
-        needed = math.ceil(self.epochs * self.examples / self.batch_size)
-        return self.chunk_steps_for(needed) * self.reports
-
-    def chunk_steps_for(self, steps: int) -> int:
-        return max(1, math.ceil(steps / self.reports))
+    reports: int = field(100, "progress reports a run, at most; they cut it into equal chunks")
 
     @property
     def chunk_steps(self) -> int:
         """Steps between two reports."""
-        return self.steps // self.reports
+        return math.ceil(self._needed_steps / self.reports)
+
+    @property
+    def chunks(self) -> int:
+        """Reports of the run; fewer than ``reports`` where the budget divides better."""
+        return math.ceil(self._needed_steps / self.chunk_steps)
+
+    @property
+    def steps(self) -> int:
+        """Training steps: the budget ``epochs * examples / batch_size``, rounded up to whole chunks."""
+        return self.chunks * self.chunk_steps
+
+    @property
+    def _needed_steps(self) -> int:
+        return math.ceil(self.epochs * self.examples / self.batch_size)
 
     @property
     def longest_replacement(self) -> int:
@@ -115,7 +123,15 @@ class StaticFields:
 
 @dataclasses.dataclass(frozen=True)
 class Setting(StaticFields, TracedFields, TableFields):
-    """Everything about a member but its seed. Raises nothing by itself: call ``validate``."""
+    """Everything about a member but its seed.
+
+    Values are brought to the type of their field (numpy numbers, lists); BadInput where that cannot be. Whether they
+    make sense together is checked by ``validate``.
+    """
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _as_type(f.name, getattr(self, f.name)))
 
     @property
     def static(self) -> StaticFields:
@@ -188,6 +204,9 @@ class Setting(StaticFields, TracedFields, TableFields):
         _at_least(
             self, 0, "split_seed", "warmup_steps", "weight_decay", "learning_rate", "adam_learning_rate", "final_rate"
         )
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) >= 2**31:
+                _refuse(name, getattr(self, name), "must be below 2^31")
         for name in ("no_op_fraction", "near_miss_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 _refuse(name, getattr(self, name), "must be in [0, 1]")
@@ -197,12 +216,12 @@ class Setting(StaticFields, TracedFields, TableFields):
         for name in ("epochs", "clip", "tail_shape"):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "must be positive")
-        if not math.isfinite(self.epochs):
-            _refuse("epochs", self.epochs, "must be finite")
+        if self.epochs * self.examples / self.batch_size >= 2**31:
+            _refuse("epochs", self.epochs, "a run has fewer than 2^31 steps")
         if self.split_seed >= 2**30:
             _refuse("split_seed", self.split_seed, f"must be below {2**30}")
-        if not 0 < self.held_out_share < 1:
-            _refuse("held_out_share", self.held_out_share, "must be between 0 and 1")
+        if not 0.001 <= self.held_out_share <= 0.999:
+            _refuse("held_out_share", self.held_out_share, "must be in [0.001, 0.999]")
         if not 2 <= self.alphabet_size <= len(LETTERS):
             _refuse("alphabet_size", self.alphabet_size, f"must be in 2..{len(LETTERS)}")
         self._validate_strings()
@@ -253,15 +272,24 @@ class Setting(StaticFields, TracedFields, TableFields):
                 ",".join(map(str, self.occurrences)),
                 f"at most {room} patterns of {self.pattern_length} fit into an input of {self.shortest_input}",
             )
-        # How likely a random input lacks the pattern; no-ops are drawn until one does.
-        places = self.input_length - self.shortest_pattern + 1
-        if self.no_op_fraction > 0 and (1 - self.alphabet_size**-self.shortest_pattern) ** places < 0.02:
+        # No-ops are drawn until one lacks the pattern, so that must not be rare.
+        if self.no_op_fraction > 0 and self._absence() < 0.02:
             _refuse(
                 "no_op_fraction",
                 self.no_op_fraction,
-                f"an input of {self.input_length} almost never lacks a pattern of {self.shortest_pattern}; "
+                f"an input of {self.input_length} may almost never lack a pattern of {self.shortest_pattern}; "
                 "use longer patterns, more letters or shorter inputs",
             )
+
+    def _absence(self) -> float:
+        """Probability that the longest input lacks the shortest pattern, for the pattern that is hardest to avoid.
+
+        That is one that cannot overlap itself; the strings without it obey a(n) = A a(n-1) - a(n-L).
+        """
+        length, lacking = self.shortest_pattern, [1.0] * self.shortest_pattern
+        for n in range(length, self.input_length + 1):
+            lacking.append(lacking[n - 1] - lacking[n - length] * self.alphabet_size**-length)
+        return lacking[-1]
 
 
 _FIRST_COLUMNS = [
@@ -283,6 +311,38 @@ SETTING_COLUMNS = tuple(
 )
 
 
+def _refuse(name: str, value: Any, why: str) -> typing.NoReturn:
+    raise BadInput(f"--config.{name}={value}: {why}")
+
+
+def _as_type(name: str, value: Any) -> Any:
+    """The value as its field's type; numbers of any kind are welcome if they mean the same."""
+    kind = _TYPES[name]
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(operator.index(item) for item in value)
+        if kind is int and float(value).is_integer():
+            return int(value)
+        if kind is float:
+            return float(value)
+        if (kind is bool and value in (True, False)) or (kind is str and isinstance(value, str)):
+            return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+    _refuse(name, value, f"must be {words.get(kind, 'a list of whole numbers')}")
+
+
+_TYPES = typing.get_type_hints(Setting)
+
+#: Values of a setting's columns where nothing was chosen.
+DEFAULT_ROW = Setting().as_row()
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """A setting, a seed, and the model they make.
@@ -295,17 +355,17 @@ class Member:
 
     @property
     def id(self) -> str:
-        """Stable name: a hash of setting and seed."""
-        text = json.dumps(self.setting.as_row() | {"seed": self.seed}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        """Stable name: a hash of the seed and of what in the setting is not the default.
+
+        So a field added later, with the old behaviour as its default, changes no name.
+        """
+        row, default = self.setting.as_row(), DEFAULT_ROW
+        text = json.dumps({k: v for k, v in row.items() if v != default[k]} | {"seed": self.seed}, sort_keys=True)
+        return "m" + hashlib.sha256(text.encode()).hexdigest()[:9]
 
 
 def alphabet_of(setting: StaticFields) -> Alphabet:
     return Alphabet(setting.alphabet_size)
-
-
-def _refuse(name: str, value: Any, why: str) -> None:
-    raise BadInput(f"--config.{name}={value}: {why}")
 
 
 def _at_least(setting: Setting, low: float, *names: str) -> None:

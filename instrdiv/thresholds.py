@@ -83,15 +83,17 @@ class Threshold:
     """I50 of a figure.
 
     Attributes:
-      per_seed: crossing of every seed.
+      per_seed: crossing of every seed that has all its points.
       interval: geometric mean over the seeds that have one, with its t-interval in log I; NaN where no seed has one.
       outside: seeds whose curve passes one half outside the tested range; they are not in the mean, so say how many.
+      incomplete: seeds that lack a point, such as that of a diverged member; they are left out likewise.
       below, above: the tested values that bracket every seed's crossing.
     """
 
     per_seed: dict[int, Crossing]
     interval: Interval
     outside: int
+    incomplete: int
     below: float
     above: float
 
@@ -99,6 +101,8 @@ class Threshold:
     def text(self) -> str:
         """One line for people."""
         seeds = len(self.per_seed)
+        if not seeds:
+            return f"no threshold: each of the {self.incomplete} seeds lacks a point"
         if self.outside == seeds:
             below = sum(math.isnan(c.below) for c in self.per_seed.values())
             where = {0: "above", seeds: "below"}.get(below, "outside")
@@ -109,6 +113,8 @@ class Threshold:
         text += f", between the tested {self.below:,.0f} and {self.above:,.0f}"
         if self.outside:
             text += f"; {self.outside} of {seeds} seeds pass outside the tested range and are left out"
+        if self.incomplete:
+            text += f"; {self.incomplete} seeds lack a point and are left out"
         return text
 
 
@@ -119,18 +125,21 @@ def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
 
 def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
     """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row."""
-    seeds = sorted({row["seed"] for row in rows})
+    values, seeds = {row[x] for row in rows}, sorted({row["seed"] for row in rows})
     per_seed = {}
     for seed in seeds:
         points = [row for row in rows if row["seed"] == seed]
-        per_seed[seed] = crossing([row[x] for row in points], [row["exact_match"] for row in points])
+        if {row[x] for row in points} == values:
+            per_seed[seed] = crossing([row[x] for row in points], [row["exact_match"] for row in points])
+    incomplete = len(seeds) - len(per_seed)
     inside = [c for c in per_seed.values() if not math.isnan(c.value)]
     if not inside:
-        return Threshold(per_seed, Interval(math.nan, math.nan, math.nan, 0), len(seeds), math.nan, math.nan)
+        nothing = Interval(math.nan, math.nan, math.nan, 0)
+        return Threshold(per_seed, nothing, len(per_seed), incomplete, math.nan, math.nan)
     logs = mean_interval([math.log(c.value) for c in inside])
     interval = Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.count)
     bracket = min(c.below for c in inside), max(c.above for c in inside)
-    return Threshold(per_seed, interval, len(seeds) - len(inside), *bracket)
+    return Threshold(per_seed, interval, len(per_seed) - len(inside), incomplete, *bracket)
 
 
 def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[float]]:
@@ -142,7 +151,10 @@ def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[f
 
 
 def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) -> tuple[float, float, float] | None:
-    """Overlay only: (centre, width in log I, top) of ``top / (1 + exp(-(log I - log centre) / width))``, or None."""
+    """Overlay only: (centre, width in log I, top) of ``top / (1 + exp(-(log I - log centre) / width))``.
+
+    None where there are fewer than four values of I, or no fit is found.
+    """
     from scipy.optimize import curve_fit
 
     x, y = np.log(np.asarray(instructions, float)), np.asarray(exact_match, float)
@@ -151,6 +163,8 @@ def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) ->
         return top / (1 + np.exp(np.clip(-(x - centre) / width, -60, 60)))
 
     bounds = ([x.min(), 0.02, 0.0], [x.max(), 10.0, 1.0])
+    if len(set(x)) < 4:
+        return None
     try:
         (centre, width, top), _ = curve_fit(curve, x, y, p0=(np.median(x), 0.3, 0.9), bounds=bounds)
     except (RuntimeError, ValueError):
@@ -179,18 +193,15 @@ def instruction_step_claims(results: Sequence[Row], low: float = 0.1, high: floa
     them, a step. Claims are about means over seeds.
     """
     unseen, seen = (by_value(select(results, split, "has_op")) for split in ("unseen", "seen"))
-    if not unseen:
-        return [Claim("some member finished", False, "every member diverged")]
-    fewest, most = min(unseen), max(unseen)
+    both = sorted(unseen.keys() & seen.keys())
+    if not both:
+        return [Claim("there is something to judge", False, "no member finished with has-op tests")]
+    fewest, most = both[0], both[-1]
+    few, few_seen, many = (float(np.mean(v)) for v in (unseen[fewest], seen[fewest], unseen[most]))
     found = threshold(select(results, "unseen", "has_op"))
-    means = {name: float(np.mean(values)) for name, values in
-             {"few": unseen[fewest], "many": unseen[most], "few_seen": seen[fewest]}.items()}  # fmt: skip
     return [
-        Claim(f"few instructions never generalise (unseen below {low})", means["few"] < low,
-              f"I = {fewest:,}: unseen {means['few']:.3f}"),
-        Claim(f"though they are learned (seen above {1 - low})", means["few_seen"] > 1 - low,
-              f"I = {fewest:,}: seen {means['few_seen']:.3f}"),
-        Claim(f"many instructions generalise (unseen above {high})", means["many"] > high,
-              f"I = {most:,}: unseen {means['many']:.3f}"),
-        Claim("every seed has its step inside the tested range", found.outside == 0, found.text),
-    ]  # fmt: skip
+        Claim(f"few instructions never generalise (unseen below {low})", few < low, f"I = {fewest:,}: {few:.3f}"),
+        Claim(f"though they are learned (seen above {1 - low})", few_seen > 1 - low, f"I = {fewest:,}: {few_seen:.3f}"),
+        Claim(f"many instructions generalise (unseen above {high})", many > high, f"I = {most:,}: {many:.3f}"),
+        Claim("every seed has its step inside the tested range", found.outside + found.incomplete == 0, found.text),
+    ]

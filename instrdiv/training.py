@@ -126,8 +126,8 @@ def train_step(
     rate = rate_at(config, step)
     optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    gradient_norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.global_norm(updates))
+    gradient_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(updates))
     active = finite & (state.diverged_at < 0)
 
     def keep_if_frozen(new, old):

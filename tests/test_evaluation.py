@@ -16,7 +16,7 @@ from tests.worlds import members, tiny, trainer
 def counts_of(run, population, split, piece, dev_tests=24, tests=40):
     test_set = make_test_set(split, population, RulePools(population), dev_tests, tests)
     evaluator = Evaluator(run, piece)
-    counts = np.asarray(evaluator.count(evaluator.pieces(test_set, 0)))
+    counts = np.asarray(evaluator.count(evaluator.pieces(test_set)))
     return {name: counts[: len(population), column] for column, name in enumerate(SLICES)}
 
 
@@ -94,6 +94,15 @@ def test_seen_tests_cover_the_trained_rules_evenly():
     shown = [table.text(i, Alphabet(26)) for i in range(100)]
     assert set(shown) == expected
     assert max(map(shown.count, expected)) - min(map(shown.count, expected)) <= 1
+
+
+def test_members_of_different_splits_share_a_group_and_have_their_own_tests():
+    population = [Member(tiny(split_seed=seed), 0) for seed in (0, 1)]
+    run = trainer(population)
+    test_set = make_test_set("unseen", population, RulePools(population), 8, 16)
+    assert test_set.rules[0].digest != test_set.rules[1].digest
+    (piece,) = Evaluator(run, 16).pieces(test_set)
+    assert np.asarray(piece[2]).tolist() == [stream_of_split("unseen", 0), stream_of_split("unseen", 1)]
 
 
 def test_splits_have_inputs_of_their_own():

@@ -37,7 +37,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
 def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
     done = command(FIG2A, f"--preset={preset}", "--dry_run", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
-    for word in ("members in 1 group", "parameters each", "FLOPs", "at the peak", "ETA"):
+    for word in ("members in 1 group(s)", "parameters each", "FLOPs", "at the peak", "ETA"):
         assert word in done.stdout
 
 
@@ -57,6 +57,35 @@ class TestShowData:
             assert list(row) == ["pattern", "replacement", "input", "answer", "op", "rule_id", "split"]
             assert row["answer"] == row["input"].replace(row["pattern"], row["replacement"], 1)
             assert (row["pattern"] in row["input"]) == (row["op"] == "has_op")
+
+    def test_rules_are_those_of_the_run(self):
+        """The unseen rows are the first of the run's ``unseen`` tests; rule_id is the place in the pool."""
+        from experiments.show_data import rows
+        from instrdiv.evaluation import held_out_rules
+        from instrdiv.population import RulePools
+        from instrdiv.presets import SMOKE
+        from instrdiv.rewriting.alphabet import Alphabet
+        from instrdiv.settings import Member
+
+        held_out, pool = held_out_rules(SMOKE.rule_source, 64, 128), RulePools([Member(SMOKE, 1)]).of(Member(SMOKE, 1))
+        for split in ("unseen_dev", "unseen", "seen", "train"):
+            for place, row in enumerate(rows(SMOKE, split, 5, seed=1, dev_tests=64)):
+                if split.startswith("unseen"):
+                    expected = held_out[split].text(place, Alphabet(26))
+                    assert row["rule_id"] == place + (64 if split == "unseen" else 0)
+                else:
+                    expected = pool.text(row["rule_id"], Alphabet(26))
+                assert (row["pattern"], row["replacement"]) == expected
+
+    def test_empty_replacements_can_be_shown(self):
+        done = command(
+            "experiments.show_data", "--preset=smoke", "--config.replacement_length=0", "--config.held_out=pattern"
+        )
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 11, done.stderr
+
+    def test_more_than_there_are_is_one_line(self):
+        done = command("experiments.show_data", "--preset=smoke", "--num=100000")
+        assert done.returncode == 2 and done.stderr == "error: --num=100000: --split=train has 512 examples\n"
 
     def test_text_is_a_table(self):
         done = command("experiments.show_data", "--preset=smoke", "--num=3", "--split=unseen")
@@ -87,7 +116,12 @@ MISTAKES = [
     (["--config.alphabet_size=2", "--config.instructions=64"], ["--config.family=free", "has only"]),
     (["--run_dir=/proc/nowhere/run"], ["--run_dir=/proc/nowhere/run", "not writable"]),
     (["--run_dir={file}/run"], ["--run_dir=", "is a file"]),
-    (["--devices=64"], ["--devices"]),
+    (["--devices=100000"], ["--devices=100000", "from 1 to 256"]),
+    (["--data_parallel=3"], ["--data_parallel=3", "must divide"]),
+    (["--config.instructions=16,16"], ["--config.instructions=16,16", "16 twice"]),
+    (["--config.epochs=1e308"], ["--config.epochs=1e+308", "2^31 steps"]),
+    (["--config.held_out_share=0.0001"], ["--config.held_out_share=0.0001", "[0.001, 0.999]"]),
+    (["--run_dir={long}"], ["--run_dir="]),
     (["laptop"], ["unexpected argument 'laptop'"]),
     (["--config.biases=maybe"], ["config.biases=maybe", "true or false"]),
 ]
@@ -96,9 +130,7 @@ MISTAKES = [
 @pytest.mark.parametrize("flags, parts", MISTAKES, ids=lambda value: str(value[0])[:40])
 def test_a_mistake_is_one_clear_line_and_leaves_nothing(flags, parts, tmp_path):
     (tmp_path / "file").write_text("")
-    flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    if flags == ["--devices=64"]:
-        flags.append("--data_parallel=3")
+    flags = [flag.format(file=tmp_path / "file", long="x" * 300) for flag in flags]
     done = command(
         FIG2A, "--preset=smoke", *(["--run_dir=run"] if "run_dir" not in flags[0] else []), *flags, cwd=tmp_path
     )

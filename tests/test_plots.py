@@ -1,7 +1,5 @@
 """Pictures show every member, the threshold and the regime; identical tables give identical files."""
 
-import math
-
 from instrdiv import plots
 from instrdiv.presets import LAPTOP
 from tests.test_thresholds import table
@@ -27,7 +25,14 @@ def test_every_member_has_a_point():
 
 def test_caption_says_seeds_tests_and_regime():
     text = plots.caption(results())
-    for part in ("3 seeds", "2,000 unseen", "16,384 examples", "2.44 epochs", "muon", "input 8, pattern 3"):
+    for part in (
+        "3 seeds",
+        "2,000 unseen",
+        "16,384 examples",
+        "2.44 epochs",
+        "muon",
+        "input 8, pattern 3, planted once (75%) or 2 times (25%)",
+    ):
         assert part in text
 
 
@@ -54,5 +59,11 @@ def test_identical_tables_give_identical_files(tmp_path):
 
 def test_one_seed_and_no_threshold_can_be_drawn(tmp_path):
     rows = [row for row in results(1) if row["instructions"] < 256]
-    plots.instruction_curve(rows, tmp_path / "f")
-    assert math.isfinite((tmp_path / "f.png").stat().st_size)
+    figure = plots.instruction_curve(rows, tmp_path / "f")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "f.pdf").read_bytes()[:4] == b"%PDF"
+    assert "no threshold" in " ".join(t.get_text() for t in figure.axes[0].get_legend().get_texts())
+
+
+def test_the_share_of_models_above_one_half_stands_above_each_count():
+    (top,) = plots.instruction_curve(results()).axes[0].child_axes
+    assert [label.get_text() for label in top.get_xticklabels()] == ["0/3", "0/3", "3/3", "3/3"]

@@ -19,7 +19,8 @@ from instrdiv.population import (
     stack_group,
     training_example,
 )
-from instrdiv.settings import BadInput, Member
+from instrdiv.rewriting.alphabet import Alphabet
+from instrdiv.settings import BadInput, Member, Setting
 from tests.worlds import members, tiny, trainer
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -31,17 +32,25 @@ def params_of(trainer, row=0):
 
 class TestGroups:
     def test_members_that_differ_in_tables_or_traced_values_share_a_group(self):
-        changes = [{"instructions": 4}, {"no_op_fraction": 0.5}, {"learning_rate": 1e-3}, {"tail_shape": 0.5},
-                   {"occurrences": (1, 2)}, {"family": "repeated", "k_min": 1, "k_max": 2}]  # fmt: skip
+        changes = [{"instructions": 4}, {"no_op_fraction": 0.5}, {"learning_rate": 1e-3}, {"tail_shape": 0.5}]
+        changes += [{"occurrences": (1, 2)}, {"family": "repeated", "k_max": 2}, {"split_seed": 3}]
         assert len(make_groups([Member(tiny(**change), 0) for change in changes])) == 1
 
     def test_members_that_differ_in_static_values_do_not(self):
-        changes = [{"width": 32}, {"batch_size": 16}, {"optimizer": "muon"}, {"positions": "rotary"}, {"epochs": 1.0}]
+        changes = [
+            {"width": 32},
+            {"batch_size": 16},
+            {"warmup_steps": 2},
+            {"optimizer": "muon"},
+            {"positions": "rotary"},
+            {"epochs": 1.0},
+        ]
         assert len(make_groups([Member(tiny(**change), 0) for change in changes])) == len(changes)
 
     def test_the_id_of_a_member_is_stable(self):
-        """Ids are in every table: a golden one."""
-        assert Member(tiny(), 3).id == Member(tiny(), 3).id != Member(tiny(), 4).id
+        """Ids are in every table: a golden one. They begin with a letter, so that no table reads them as numbers."""
+        assert Member(Setting(instructions=500, width=128), 3).id == GOLDEN_ID
+        assert Member(tiny(), 3).id != Member(tiny(), 4).id
         assert Member(tiny(), 3).id != Member(tiny(width=32), 3).id
 
     def test_idle_members_fill_up_devices_and_blocks(self):
@@ -84,9 +93,8 @@ class TestFiniteSet:
 
     def test_each_rule_is_used_as_often_as_its_count_says_and_no_other(self):
         population = [Member(tiny(instructions=5, examples=64, tail_shape=0.7), 2)]
-        group, pools = make_groups(population)[0], RulePools(population)
-        tables, data = jax.tree.map(jnp.asarray, stack_group(group, pools, 1))
-        one = jax.tree.map(lambda leaf: leaf[0], data)
+        group, tables, one = on_device(population)
+        pools = RulePools(population)
         make = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, one, i)))
         batch = make(np.arange(64))
         prompts = [tuple(row) for row in np.asarray(batch.tokens)[:, [0, 1, 3, 4]] - 3]
@@ -104,6 +112,48 @@ class TestFiniteSet:
 
         assert (tokens(0) == tokens(0)).all() and (tokens(0) != tokens(1)).any()
         assert len({row.tobytes() for row in tokens(0)}) > 60  # 16 rules, 4 inputs each, rarely the same one twice
+
+
+class TestSplit:
+    WORLDS = (
+        {"alphabet_size": 3, "pattern_length": 2, "instructions": 8, "split_seed": 1, "held_out_share": 0.4},
+        {"alphabet_size": 4, "pattern_length": 2, "instructions": 30, "held_out": "pattern"},
+        {"alphabet_size": 4, "pattern_length": 2, "instructions": 30, "held_out": "rule", "tail_shape": 0.5},
+        {
+            "alphabet_size": 4,
+            "pattern_length": 4,
+            "instructions": 20,
+            "family": "mirrored+periodic",
+            "k_min": 2,
+            "k_max": 2,
+        },
+    )
+
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_no_example_of_an_epoch_uses_a_held_out_rule(self, world):
+        """What is really trained, decoded from the tokens, against every held-out rule of a small world."""
+        setting = tiny(input_length=6, examples=128, epochs=1.0, **world)
+        source, alphabet = setting.rule_source, Alphabet(setting.alphabet_size)
+        held_out = source.held_out(source.capacity(held_out=True))
+        assert len(held_out) > 1
+        held_rules = {held_out.text(i, alphabet) for i in range(len(held_out))}
+        group, tables, data = on_device([Member(setting, 5)])
+        order = ExampleOrder(128, 32).batches(0, 4).ravel()
+        batch = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, data, i)))(order)
+        trained = {tuple(alphabet.decode_tokens(row).split("#")[:2]) for row in np.asarray(batch.tokens)}
+        assert len(trained) > 1 and not trained & held_rules
+        held_patterns, held_replacements = map(set, zip(*held_rules, strict=True))
+        if setting.held_out != "rule":
+            assert not {pattern for pattern, _ in trained} & held_patterns
+        if setting.held_out == "pattern_and_replacement":
+            assert not {replacement for _, replacement in trained} & held_replacements
+
+
+def on_device(population):
+    """The group of these members, its tables, and the data of the first of them."""
+    (group,) = make_groups(population)
+    tables, data = jax.tree.map(jnp.asarray, stack_group(group, RulePools(population), len(population)))
+    return group, tables, jax.tree.map(lambda leaf: leaf[0], data)
 
 
 class TestLayout:
@@ -142,7 +192,7 @@ class TestLayout:
         run = trainer(members(2), devices=4, data_parallel=2)
         text = run.train_chunk.lower(*run.chunk_arguments()).compile().as_text()
         assert not [name for name in COLLECTIVES[1:] if name in text]
-        groups = set(re.findall(r"all-reduce(?:-start)?\(.*?replica_groups=(\S+?),? ", text))
+        groups = set(re.findall(r"all-reduce[^\n]*?replica_groups=([^\n]*?), \w+=", text))
         assert groups, "the gradients must be reduced"
         assert all(same_rows(group) for group in groups), groups
 
@@ -154,8 +204,8 @@ class TestLayout:
 
 
 def same_rows(replica_groups: str) -> bool:
-    """The groups are the rows of the 2 x 2 mesh: devices of one member, in either of XLA's notations."""
-    return replica_groups.rstrip(",") in ("{{0,1},{2,3}}", "[2,2]<=[4]")
+    """The groups are the rows of the 2 x 2 mesh, devices of one member, in any of XLA's notations."""
+    return replica_groups in ("{{0,1},{2,3}}", "[2,2]<=[4]", "mesh['member'=2,'data'=2] {'data'}")
 
 
 def test_members_of_a_group_may_need_different_answer_lengths():
@@ -167,3 +217,4 @@ def test_members_of_a_group_may_need_different_answer_lengths():
 
 
 GOLDEN_ORDER = [[2, 8, 0, 4, 3, 5, 7, 1, 9, 6], [6, 9, 0, 2, 3, 8, 1, 5, 7, 4]]
+GOLDEN_ID = "mc65705841"

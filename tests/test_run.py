@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def test_results_have_a_row_a_member_a_slice(finished):
 def test_metrics_have_a_row_a_member_a_report(finished):
     rows = read_table(finished[1] / "metrics.csv")
     assert tuple(rows[0]) == METRIC_COLUMNS
-    assert len(rows) == 4 * TINY.reports == len({(row["member"], row["step"]) for row in rows})
+    assert len(rows) == 4 * TINY.chunks == len({(row["member"], row["step"]) for row in rows})
 
 
 def test_resemblance_is_nil_under_the_default_split(finished):
@@ -118,12 +119,62 @@ def test_a_family_too_small_leaves_nothing_behind(tmp_path):
     [
         (Options(devices=5), "--devices=5: this machine has 4"),
         (Options(devices=2, data_parallel=3), "--data_parallel=3: must divide --devices=2"),
-        (Options(devices=4, data_parallel=4, members_per_vmap=0), "--members_per_vmap=0"),
+        (Options(data_parallel=5), "--data_parallel=5: must divide the 4 devices of this machine"),
+        (Options(data_parallel=0), "--data_parallel=0: must be at least 1"),
+        (Options(members_per_vmap=0), "--members_per_vmap=0: must be at least 1"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, why):
     with pytest.raises(BadInput, match=why):
         plan(sweep(), options)
+
+
+def test_a_layout_that_was_left_open_is_kept(finished, tmp_path):
+    """The choice of the first launch stands, whatever this machine would choose; a finished run needs no layout."""
+    assert run(sweep(), finished[1], progress=False).results
+    with pytest.raises(BadInput, match="differs in devices"):
+        run(sweep(), finished[1], Options(devices=1), progress=False)
+    shutil.copy(finished[1] / "config.json", tmp_path)  # an unfinished run
+    run(sweep(), tmp_path, progress=False)
+    assert (tmp_path / "config.json").read_bytes() == (finished[1] / "config.json").read_bytes()
+    assert (tmp_path / "results.csv").read_bytes() == (finished[1] / "results.csv").read_bytes()
+
+
+def test_a_field_that_an_older_run_lacks_had_its_default(finished, tmp_path):
+    config = json.loads((finished[1] / "config.json").read_text())
+    for member in config["members"]:
+        del member["near_miss_fraction"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "results.csv").write_bytes((finished[1] / "results.csv").read_bytes())
+    for name in ("metrics.csv", "timings.csv"):
+        (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
+    assert run(sweep(), tmp_path, progress=False).results
+
+
+def test_overwrite_starts_anew(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    other = Sweep.grid(tiny(epochs=1.0), seeds=1, dev_tests=16, tests=24, instructions=[4])
+    run(other, tmp_path / "run", progress=False, overwrite=True, keep_params=False)
+    assert len({row["member"] for row in read_table(tmp_path / "run" / "results.csv")}) == 1
+
+
+def test_a_directory_whose_name_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(BadInput, match="--run_dir="):
+        run(sweep(), tmp_path / ("x" * 300), progress=False)
+    with pytest.raises(BadInput, match="--run_dir="):
+        run(sweep(), tmp_path / "new" / ("x" * 300), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_name_is_read_back_as_text(finished):
+    assert all(isinstance(row["member"], str) and isinstance(row["group"], str)
+               for name in ("results", "metrics") for row in read_table(finished[1] / f"{name}.csv"))  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_no_key_can_have_is_refused(seed):
+    with pytest.raises(BadInput, match="a seed is"):
+        Sweep("x", (Member(TINY, seed),)).validate()
 
 
 def test_a_value_named_twice_is_refused():
@@ -175,13 +226,14 @@ def test_from_a_notebook_in_under_ten_lines():
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.params))
 
 
-@pytest.mark.slow
-def test_the_paper_preset_runs_three_steps_at_full_shape():
-    """Papers' model, strings, batch and rule table of a million; one member, since this is a CPU. Minutes."""
+@pytest.mark.parametrize("batch_size", [8, pytest.param(512, marks=pytest.mark.slow)])
+def test_the_paper_preset_runs_three_steps_at_full_shape(batch_size):
+    """Papers' model, strings and rule table of a million; one member, and by default a small batch: this is a CPU."""
     from instrdiv.presets import PAPER
     from tests.worlds import trainer
 
-    setting = dataclasses.replace(PAPER, instructions=10**6, epochs=3 * 512 / 10**6, reports=1, warmup_steps=0)
+    budget = {"batch_size": batch_size, "epochs": 3 * batch_size / 10**6, "reports": 1, "warmup_steps": 0}
+    setting = dataclasses.replace(PAPER, instructions=10**6, **budget)
     t = trainer([Member(setting, 0)])
     metrics = t.advance()
     assert t.step == 3 and t.group.shape.sequence == 144

@@ -1,8 +1,10 @@
 """Settings: their three parts, their columns, and what is refused."""
 
 import dataclasses
+import itertools
 import math
 
+import numpy as np
 import pytest
 
 from instrdiv.presets import BASES
@@ -74,7 +76,12 @@ REFUSED = {
     "positions": ({"positions": "sinusoidal"}, "must be one of learned, rotary, none"),
     "warmup_steps": ({"warmup_steps": 10_000}, "must not exceed the 16 steps"),
     "input_length_min": ({"input_length_min": 9}, r"must be in 1\.\.5"),
-    "held_out_share": ({"held_out_share": 1.0}, "between 0 and 1"),
+    "held_out_share": ({"held_out_share": 1.0}, r"must be in \[0.001, 0.999\]"),
+    "examples": ({"examples": 3_000_000_000}, r"below 2\^31"),
+    "split_seed": ({"split_seed": 2**30}, "must be below"),
+    "width": ({"width": 16.5}, "must be a whole number"),
+    "layers": ({"layers": "many"}, "must be a whole number"),
+    "near_miss_fraction ": ({"near_miss_fraction": math.nan}, r"must be in \[0, 1\]"),
     "tail_shape": ({"tail_shape": 0.0}, "must be positive"),
     "alphabet_size": ({"alphabet_size": 1}, r"must be in 2\.\.62"),
     "replacement_length": ({"replacement_length": -1}, "at least 0"),
@@ -85,11 +92,34 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_flag(name):
     changes, why = REFUSED[name]
-    with pytest.raises(BadInput, match=rf"^--config\.{name}=.*{why}") as refusal:
+    with pytest.raises(BadInput, match=rf"^--config\.{name.strip()}=.*{why}") as refusal:
         tiny(**changes)
     assert "\n" not in str(refusal.value)
 
 
 def test_no_ops_that_could_never_be_drawn_are_refused():
-    with pytest.raises(BadInput, match=r"no_op_fraction.*almost never lacks a pattern of 1"):
+    with pytest.raises(BadInput, match=r"no_op_fraction.*almost never lack a pattern of 1"):
         tiny(no_op_fraction=0.1, pattern_length=1, alphabet_size=2, input_length=30)
+
+
+@pytest.mark.parametrize("alphabet, pattern, length", [(2, "ab", 9), (2, "aab", 10), (3, "ab", 7), (2, "a", 6)])
+def test_the_probability_that_a_pattern_is_absent_is_exact(alphabet, pattern, length):
+    """Counted over all inputs, for the pattern of its length that is hardest to avoid."""
+    strings = ["".join(s) for s in itertools.product("abc"[:alphabet], repeat=length)]
+    patterns = ["".join(p) for p in itertools.product("abc"[:alphabet], repeat=len(pattern))]
+    absent = {p: sum(p not in s for s in strings) / len(strings) for p in patterns}
+    assert absent[pattern] == min(absent.values())
+    setting = Setting(alphabet_size=alphabet, pattern_length=len(pattern), input_length=length)
+    assert setting._absence() == pytest.approx(absent[pattern])
+
+
+def test_epochs_that_no_run_can_have_are_refused():
+    for epochs in (1e308, math.inf, 1e12):
+        with pytest.raises(BadInput, match=r"--config.epochs=.*fewer than 2\^31 steps"):
+            tiny(epochs=epochs)
+
+
+def test_numbers_of_any_kind_mean_the_same():
+    array = tiny(instructions=np.int64(8), epochs=np.float32(2), occurrences=[np.int32(1), 2], biases=np.bool_(False))
+    assert array == tiny(instructions=8, epochs=2, occurrences=(1, 2)) and hash(array)
+    assert Member(array, 0).id == Member(tiny(instructions=8.0, epochs=2.0, occurrences=(1, 2)), 0).id

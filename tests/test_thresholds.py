@@ -49,7 +49,8 @@ class TestCrossing:
 
 class TestThreshold:
     def test_is_a_geometric_mean_over_seeds(self):
-        found = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 1}, 2: {25: 0, 400: 1}}))
+        sharp = {25: 0.0, 100: 0.0, 400: 1.0}
+        found = threshold(table({0: sharp, 1: sharp, 2: {25: 0.0, 100: 0.5, 400: 1.0}}))
         values = [200, 200, 100]
         logs = np.log(values)
         half = 4.302652729911275 * logs.std(ddof=1) / math.sqrt(3)  # t(0.975, 2)
@@ -63,6 +64,12 @@ class TestThreshold:
         found = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 0.3}}))
         assert found.outside == 1 and found.interval.mean == pytest.approx(200)
         assert "1 of 2 seeds" in found.text
+
+    def test_seeds_that_lack_a_point_are_said_not_used(self):
+        found = threshold(table({0: {400: 1.0}, 1: {100: 0, 400: 1}}))
+        assert (found.outside, found.incomplete) == (0, 1) and found.interval.mean == pytest.approx(200)
+        assert "1 seeds lack a point" in found.text and "outside" not in found.text
+        assert "each of the 2 seeds lacks a point" in threshold(table({0: {100: 0}, 1: {400: 1}})).text
 
     def test_no_threshold_is_said(self):
         assert "no threshold" in threshold(table({0: {100: 0, 400: 0.1}})).text
@@ -104,6 +111,10 @@ class TestVerdict:
     def test_anything_less_is_not(self, unseen, seen):
         claims = thresholds.instruction_step_claims(self.results(unseen, seen))
         assert thresholds.verdict(claims) == "not reproduced"
+
+    def test_without_has_op_tests_nothing_is_reproduced(self):
+        claims = thresholds.instruction_step_claims(table({0: {10: 0.0}}, "unseen"))
+        assert thresholds.verdict(claims) == "not reproduced" and "has-op" in claims[0].evidence
 
     def test_diverged_members_are_left_out(self):
         rows = [row(10, 0.0), row(10, 1.0, 1, status="diverged at step 3")]

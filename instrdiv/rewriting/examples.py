@@ -149,7 +149,8 @@ def _make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> 
     """The input's letters int32 [input], its length, and whether it is a near miss."""
     pattern = rule.patterns.astype(jnp.int32)
     pattern_length = rule.pattern_lengths
-    words = jax.random.bits(key, (5,), jnp.uint32)
+    choice_key, draw_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    words = jax.random.bits(choice_key, (4,), jnp.uint32)
     no_op = _unit(words[0]) < knobs.no_op_fraction
     near_miss = no_op & (_unit(words[1]) < knobs.near_miss_fraction)
     span = knobs.input_length_max - knobs.input_length_min + 1
@@ -159,7 +160,7 @@ def _make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> 
 
     def draw(attempt):
         """A candidate input; the first attempt stands unless it must lack the pattern and does not."""
-        bits = jax.random.bits(jax.random.fold_in(key, attempt), (2 * shape.input + 2,), jnp.uint32)
+        bits = jax.random.bits(jax.random.fold_in(draw_key, attempt), (2 * shape.input + 2,), jnp.uint32)
         letters = _below(bits[: shape.input], shape.alphabet_size)
         # A near miss: one letter of the pattern becomes another one.
         changed = _below(bits[-1], pattern_length)

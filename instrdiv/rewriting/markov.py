@@ -108,6 +108,7 @@ def rewrite_letters(
     length = text_length - removed + inserted
 
     place_A = jnp.arange(answer_size)
+    replacement = jnp.pad(replacement, (0, 1))  # so that there is something to index where replacements have no letters
     kept_A = text.at[jnp.where(place_A < start, place_A, place_A - inserted + removed)].get(mode="fill", fill_value=0)
     new_A = replacement.at[place_A - start].get(mode="fill", fill_value=0)
     in_replacement_A = (place_A >= start) & (place_A < start + inserted)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -30,9 +31,9 @@ SPLITS = ("pattern_and_replacement", "pattern", "replacement", "rule")
 TAIL_READINGS = ("weights", "index")
 
 _NO_LETTER = 255  # what follows a string shorter than its column
-_STREAM_BLOCK = 1 << 14  # rules drawn at a time; part of the definition of a pool
+_BLOCK = 1 << 14  # strings drawn at a time; part of the definition of a pool
 _ENUMERATE_BELOW = 1 << 18  # families up to this many strings are counted exactly
-_GIVE_UP_AFTER = 4_000  # blocks in a row
+_GIVE_UP_AFTER = 200  # blocks in a row that bring nothing new
 
 
 class FamilyTooSmall(ValueError):
@@ -175,8 +176,14 @@ class RuleSource:
         return self._take(size, self.split_seed, held_out=True)
 
     def capacity(self, held_out: bool) -> int | None:
-        """How many distinct rules one side holds; None where the strings are too many to list."""
-        patterns, replacements = self.pattern.enumerate(), self.replacement.enumerate()
+        """How many distinct rules one side holds; None where that is more than can be counted by listing."""
+        sides = []
+        for role, family in (("pattern", self.pattern), ("replacement", self.replacement)):
+            strings = family.enumerate()
+            sides.append(None if strings is None else strings[self._string_side(role, strings, held_out)])
+        patterns, replacements = sides
+        if any(side is not None and len(side) == 0 for side in sides):
+            return 0
         if patterns is None or replacements is None:
             return None
         if self.split == "rule":
@@ -184,9 +191,7 @@ class RuleSource:
                 return None
             i, j = np.indices((len(patterns), len(replacements))).reshape(2, -1)
             pairs = RuleTable(patterns[i], replacements[j])
-            return int((self._on_side(pairs, held_out) & ~_same(pairs)).sum())
-        patterns = patterns[self._string_side("pattern", patterns, held_out)]
-        replacements = replacements[self._string_side("replacement", replacements, held_out)]
+            return int((self._pair_side(pairs, held_out) & ~_same(pairs)).sum())
         width = max(patterns.shape[1], replacements.shape[1])
         same = len({p.tobytes() for p in _widen(patterns, width)} & {r.tobytes() for r in _widen(replacements, width)})
         return len(patterns) * len(replacements) - same
@@ -197,50 +202,51 @@ class RuleSource:
             return np.ones(len(strings), bool)
         return (_hash(strings, self.split_seed) < self._boundary) == held_out
 
-    def _on_side(self, rules: RuleTable, held_out: bool) -> np.ndarray:
-        """bool [N]: the rule is on the held-out (or the training) side."""
-        if self.split == "rule":
-            hashes = _hash(rules.replacements, self.split_seed, start=_hash(rules.patterns, self.split_seed))
-            return (hashes < self._boundary) == held_out
-        return self._string_side("pattern", rules.patterns, held_out) & self._string_side(
-            "replacement", rules.replacements, held_out
-        )
+    def _pair_side(self, rules: RuleTable, held_out: bool) -> np.ndarray:
+        """bool [N]: the pair is on this side; every pair is, unless it is pairs that are split."""
+        if self.split != "rule":
+            return np.ones(len(rules), bool)
+        hashes = _hash(rules.replacements, self.split_seed, start=_hash(rules.patterns, self.split_seed))
+        return (hashes < self._boundary) == held_out
 
     @property
     def _boundary(self) -> np.uint64:
         return np.uint64(int(self.held_out_share * 2.0**64))
 
-    def _stream(self, seed: int, held_out: bool) -> Iterator[RuleTable]:
-        """The endless stream of rules on one side, in blocks, repetitions included."""
-        columns_p, columns_r = 3 + self.pattern.length_max, 3 + self.replacement.length_max
-        block = 0
-        while True:
-            key = np.array([seed * 2 + held_out, block], np.uint64)
-            words = np.random.Philox(key=key).random_raw(_STREAM_BLOCK * (columns_p + columns_r))
-            # Philox words are 64 bits: the bias of `% alphabet` is below 1e-17.
-            words = words.reshape(_STREAM_BLOCK, columns_p + columns_r)
-            rules = RuleTable(self.pattern.sample(words[:, :columns_p]), self.replacement.sample(words[:, columns_p:]))
-            yield rules[self._on_side(rules, held_out) & ~_same(rules)]
-            block += 1
+    def _strings(self, role: str, family: StringFamily, seed: int, held_out: bool) -> Iterator[np.ndarray]:
+        """The endless stream of strings that may play a role on a side, ``_BLOCK`` at a time, repetitions included."""
+        columns = 3 + family.length_max
+        waiting = np.zeros((0, family.length_max), np.uint8)
+        for block in itertools.count():
+            stream = (seed * 2 + held_out) * 2 + (role == "replacement")
+            words = np.random.Philox(key=np.array([stream, block], np.uint64)).random_raw(_BLOCK * columns)
+            # Philox words have 64 bits: the bias of `% alphabet` is below 1e-17.
+            strings = family.sample(words.reshape(_BLOCK, columns))
+            waiting = np.concatenate([waiting, strings[self._string_side(role, strings, held_out)]])
+            while len(waiting) >= _BLOCK:
+                yield waiting[:_BLOCK]
+                waiting = waiting[_BLOCK:]
 
     def _take(self, size: int, seed: int, held_out: bool) -> RuleTable:
-        side = "held-out" if held_out else "training"
+        """The first ``size`` distinct rules of a side's stream: pattern i with replacement i."""
+        what = f"{size} {'held-out' if held_out else 'training'} rules were asked for"
         capacity = self.capacity(held_out)
         if capacity is not None and capacity < size:
-            raise FamilyTooSmall(f"{size} {side} rules were asked for, but the family has only {capacity}")
+            raise FamilyTooSmall(f"{what}, but the family has only {capacity}")
+        patterns = self._strings("pattern", self.pattern, seed, held_out)
+        replacements = self._strings("replacement", self.replacement, seed, held_out)
         blocks: list[RuleTable] = []
-        found = stale = 0
-        for block in self._stream(seed, held_out):
-            blocks.append(block)
-            if sum(map(len, blocks)) >= size or len(blocks) > 64:
-                distinct = _distinct(blocks)
-                stale = stale + 1 if len(distinct) == found else 0
-                found, blocks = len(distinct), [distinct]
-                if found >= size:
-                    return distinct[:size]
-            if stale > _GIVE_UP_AFTER or (not found and len(blocks) > 64):
-                raise FamilyTooSmall(f"{size} {side} rules were asked for, but only {found} distinct ones turned up")
-        raise AssertionError("the stream has no end")
+        stale = 0
+        while stale < _GIVE_UP_AFTER:
+            rules = RuleTable(next(patterns), next(replacements))
+            blocks.append(rules[self._pair_side(rules, held_out) & ~_same(rules)])
+            if sum(map(len, blocks)) >= size:
+                before = len(blocks[0])
+                blocks = [_distinct(blocks)]
+                if len(blocks[0]) >= size:
+                    return blocks[0][:size]
+                stale = 0 if len(blocks[0]) > before else stale + 1
+        raise FamilyTooSmall(f"{what}, but only {len(blocks[0])} distinct ones turned up")
 
 
 def rule_counts(
@@ -280,13 +286,13 @@ def rule_counts(
     return counts.astype(np.int32)
 
 
-def resemblance(trained: RuleTable, held_out: RuleTable, pairs: int = 10_000_000) -> dict[str, float]:
+def resemblance(trained: RuleTable, held_out: RuleTable, compared: int = 256) -> dict[str, float]:
     """How much held-out rules look like trained ones.
 
     Args:
       trained: the rules of one member.
-      held_out: held-out rules. The first few (16 to 256, within this many ``pairs``) are compared letter by letter
-        with every trained rule.
+      held_out: held-out rules.
+      compared: how many of them, the first ones, are compared letter by letter with every trained rule.
 
     Returns:
       ``pattern_seen``, ``replacement_seen``, ``rule_seen``: share of the held-out rules whose pattern (replacement,
@@ -294,7 +300,7 @@ def resemblance(trained: RuleTable, held_out: RuleTable, pairs: int = 10_000_000
       trained one, over ``compared`` held-out rules (a missing letter counts as a difference).
     """
     report: dict[str, float] = {"trained": len(trained), "held_out": len(held_out)}
-    some = held_out[: max(16, min(256, pairs // len(trained)))]
+    some = held_out[:compared]
     report["compared"] = len(some)
     views = {
         "pattern": (trained.patterns, held_out.patterns, some.patterns),
@@ -317,13 +323,17 @@ def seen_in(trained: np.ndarray, strings: np.ndarray) -> np.ndarray:
 
 def _hash(strings: np.ndarray, seed: int, start: np.ndarray | None = None) -> np.ndarray:
     """A 64-bit hash of each row, uint64 [N]; padding does not enter, so a string hashes alike in every table."""
-    state = np.full(len(strings), seed, np.uint64) if start is None else start.copy()
-    state ^= np.uint64(0x9E3779B97F4A7C15)
+    state = np.full(len(strings), seed, np.uint64) if start is None else start
+    state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
     for column in strings.T:
         mixed = (state ^ (column.astype(np.uint64) + np.uint64(1))) * np.uint64(0xFF51AFD7ED558CCD)
         mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xC4CEB9FE1A85EC53)
         state = np.where(column == _NO_LETTER, state, mixed ^ (mixed >> np.uint64(29)))
-    # A last mix of its own (splitmix64), since the split looks at the highest bits.
+    return _mix(state)  # since the split looks at the highest bits
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, a bijection of uint64 that mixes well."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -203,10 +203,10 @@ def test_integers_below_a_bound_are_exact(bound):
 
 
 GOLDEN_ROWS = [
-    "qdd#yqc#hukyhqdd#hukyhyqc$",
-    "pmp#qfa#pampepvr#pampepvr$",
-    "zvr#nvo#bfgmzvre#bfgmnvoe$",
-    "cfe#qpy#ytkuyzub#ytkuyzub$",
-    "gxy#qud#uckbitld#uckbitld$",
-    "xqr#gwa#xqrmbxqr#gwambxqr$",
+    "qdd#yel#avjaekbj#avjaekbj$",
+    "yqc#bff#abpokyqc#abpokbff$",
+    "pmp#gqn#mrbpzpwn#mrbpzpwn$",
+    "qfa#rxj#qfaqfakq#rxjqfakq$",
+    "zvr#gme#czvrdlek#cgmedlek$",
+    "nvo#xsu#nnvozuba#nxsuzuba$",
 ]

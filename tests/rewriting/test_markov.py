@@ -81,6 +81,15 @@ def test_occurrences_are_where_the_pattern_starts(pattern, text):
     assert found.tolist() == [text[i : i + len(pattern)] == pattern for i in range(T + 1)]
 
 
+def test_replacements_may_have_no_letters_at_all():
+    (pattern, n), (text, length) = padded(["ab", "cd"], P, 0), padded(["xaby", "xaby"], T, 0)
+    nothing = np.zeros((2, 0), np.uint8), np.zeros(2, np.int32)
+    answers, lengths, _ = jax.jit(jax.vmap(lambda *a: rewrite_letters(*a, answer_size=T)))(
+        pattern, n, *nothing, text, length
+    )
+    assert [A.decode(a[:n]) for a, n in zip(np.asarray(answers), np.asarray(lengths), strict=True)] == ["xy", "xaby"]
+
+
 def test_the_empty_pattern_is_counted_as_python_does():
     assert batched_rewrite([("", "b", "aa")])[1].tolist() == ["aa".count("")]
 
