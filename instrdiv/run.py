@@ -119,10 +119,11 @@ class Options:
         rows = (self.devices or available) // self.data_parallel
         per_vmap = self.members_per_vmap
         if per_vmap is None:
-            # On CPU one member already fills a core. Elsewhere small members leave the device idle: blocks of about
+            # On CPU one member already fills a core. Elsewhere small members leave the device idle: blocks of at most
             # eight are a guess until measured, of equal size so that few members are idle.
-            blocks = math.ceil(largest / (rows * (1 if jax.default_backend() == "cpu" else 8)))
-            per_vmap = 1 if jax.default_backend() == "cpu" else math.ceil(largest / (rows * blocks))
+            most = 1 if jax.default_backend() == "cpu" else 8
+            blocks = math.ceil(largest / (rows * most))
+            per_vmap = math.ceil(largest / (rows * blocks))
         if self.devices is None:
             rows = min(rows, math.ceil(largest / per_vmap))
         return Options(rows * self.data_parallel, self.data_parallel, per_vmap)
