@@ -6,6 +6,7 @@ Nothing in ``metrics.csv`` or ``results.csv`` depends on the clock or the machin
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -92,7 +93,8 @@ def provenance(**facts: Any) -> dict[str, Any]:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "processor_cores": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "commit": _commit(),
@@ -105,6 +107,15 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _commit() -> str | None:
