@@ -1,8 +1,8 @@
 """The decoder: GPT-2 style, in Flax, small enough to read at a glance.
 
 Only the answer is ever trained or scored, and nothing after the last attention looks back. So the last layer's
-queries and MLP, the final norm and the head run on the answer positions alone (``answer_only``): the result is the
-same and, at the papers' shape, 11 % of the arithmetic is saved.
+attention output and MLP, the final norm and the head run on the answer positions alone (``answer_only``): the result
+is the same, and 8 % of the arithmetic is saved at the papers' shape, 17 % at the laptop's.
 """
 
 from __future__ import annotations
