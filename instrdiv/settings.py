@@ -19,6 +19,7 @@ import math
 import operator
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from instrdiv.rewriting import rules
@@ -190,6 +191,14 @@ class Setting(StaticFields, TracedFields, TableFields):
             "occurrences": "+".join(map(str, self.occurrences)),
         }
         return {name: row[name] for name in SETTING_COLUMNS}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Setting:
+        """The setting whose ``as_row`` this is, as read back from JSON; a field that is missing has its default."""
+        values = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
+        if "occurrences" in values:
+            values["occurrences"] = tuple(int(count) for count in str(values["occurrences"]).split("+"))
+        return cls(**{name: math.inf if value == "inf" else value for name, value in values.items()})
 
     def validate(self) -> None:
         """Raises BadInput, naming the flag, for a setting that cannot be trained. Cheap: builds no table."""

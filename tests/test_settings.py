@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 
 from instrdiv.presets import BASES
+from instrdiv.results import plain
 from instrdiv.settings import (
     SETTING_COLUMNS,
     BadInput,
@@ -123,3 +125,11 @@ def test_numbers_of_any_kind_mean_the_same():
     array = tiny(instructions=np.int64(8), epochs=np.float32(2), occurrences=[np.int32(1), 2], biases=np.bool_(False))
     assert array == tiny(instructions=8, epochs=2, occurrences=(1, 2)) and hash(array)
     assert Member(array, 0).id == Member(tiny(instructions=8.0, epochs=2.0, occurrences=(1, 2)), 0).id
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_a_setting_is_read_back_from_its_row(name):
+    """Also through JSON, which has no infinities; defaults that point elsewhere are filled in, and the id stays."""
+    setting = dataclasses.replace(BASES[name], occurrences=(1, 2))
+    again = Setting.from_row(json.loads(json.dumps(plain(setting.as_row()))) | {"seed": 3, "id": "m1"})
+    assert again.as_row() == setting.as_row() and Member(again, 3).id == Member(setting, 3).id
