@@ -15,8 +15,9 @@ from importlib import metadata
 from instrdiv import presets
 from instrdiv.launcher import use_cpu_cores
 from instrdiv.rewriting.markov import MarkovAlgorithm, rewrite
-from instrdiv.run import Options, Run, Sweep, plan, run
+from instrdiv.run import Run, plan, run
 from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.sweep import Options, Sweep
 
 __all__ = [
     "BadInput",

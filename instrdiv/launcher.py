@@ -21,14 +21,20 @@ import jax
 from absl import app, flags, logging
 
 from instrdiv import thresholds
+from instrdiv.checkpoints import Schedule
+from instrdiv.interruption import Interrupted
 from instrdiv.results import Row
-from instrdiv.run import Options, Run, Sweep, plan, run
+from instrdiv.run import Run, plan, run
 from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.sweep import Options, Sweep
 
 # Flags defined by the functions below belong, in --help, to the launcher that calls them.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
+
+#: Exit status of a run that was asked to stop, and is saved (EX_TEMPFAIL: the same command again is the remedy).
+STOPPED = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,9 @@ def launch(figure: Figure) -> None:
     flags.DEFINE_string("run_dir", None, "where tables and pictures go (default: runs/<figure>-<preset>)")
     flags.DEFINE_bool("dry_run", False, "say what it would take, and stop")
     flags.DEFINE_bool("overwrite", False, "start anew in a directory that holds another run")
+    minutes = NumberParser(float, low=0)
+    _define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
+    _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
 
     def main() -> None:
         use_cpu_cores(FLAGS.devices)
@@ -103,7 +112,8 @@ def launch(figure: Figure) -> None:
         if FLAGS.dry_run:
             return
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
-        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False)
+        schedule = Schedule(FLAGS.checkpoint_minutes, FLAGS.checkpoint_steps)
+        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
         figure.draw(result, run_dir / "figure")
         _conclude(figure, result, run_dir)
 
@@ -144,11 +154,14 @@ def start(main: Callable[[], None]) -> None:
             main()
         except BadInput as error:
             _fail(str(error))
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(STOPPED)
         except KeyboardInterrupt:
-            print("\ninterrupted; nothing is lost but this run: the same command starts it again", file=sys.stderr)
+            print("\ninterrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
             sys.exit(130)
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=parse)
 
 

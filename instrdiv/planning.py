@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from instrdiv.population import Group, MemberData
+from instrdiv.population import Group
+from instrdiv.training import abstract_member
 
 if TYPE_CHECKING:
-    from instrdiv.run import Options
+    from instrdiv.sweep import Options
 
 #: Training arithmetic that is really reached, FLOP/s a device: a rough guess to turn FLOPs into an ETA. CPU: measured
 #: on one 2.x GHz AVX-512 core at the laptop shape. GPU and TPU: a tenth of a current one's bf16 peak, not measured.
@@ -106,14 +107,12 @@ def flops_per_example(group: Group) -> float:
 
 
 def _plan_group(group: Group, options: Options) -> GroupPlan:
-    from instrdiv.training import init_member
-
     c, shape = group.config, group.shape
     assert options.devices and options.members_per_vmap
     rows = options.devices // options.data_parallel
     unit = rows * options.members_per_vmap
     size = -(-len(group.members) // unit) * unit
-    state = jax.eval_shape(lambda data: init_member(group, data), _abstract_data())
+    state = abstract_member(group)
     parameters = _size(state.params)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
@@ -146,12 +145,6 @@ def _plan_group(group: Group, options: Options) -> GroupPlan:
         device_bytes=int(device_bytes),
         seconds=seconds,
     )
-
-
-def _abstract_data() -> MemberData:
-    """Just enough of a member's data to trace its initialisation."""
-    seed = jax.ShapeDtypeStruct((), np.uint32)
-    return MemberData(seed, *[None] * 6)  # type: ignore[arg-type]
 
 
 def _size(tree) -> int:

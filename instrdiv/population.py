@@ -141,13 +141,13 @@ class Group:
     members: tuple[Member, ...]
 
 
-def make_groups(members: Sequence[Member]) -> list[Group]:
-    """Members by their static fields, in order of first appearance."""
+def make_groups(members: Sequence[Member], first: int = 0) -> list[Group]:
+    """Members by their static fields, in order of first appearance; named g0, g1, … or from ``first`` on."""
     by_config: dict[StaticFields, list[Member]] = {}
     for member in members:
         by_config.setdefault(member.setting.static, []).append(member)
     groups = []
-    for number, (config, group) in enumerate(by_config.items()):
+    for number, (config, group) in enumerate(by_config.items(), first):
         shapes = [member.setting.task_shape for member in group]
         answer = max(shape.answer for shape in shapes)
         planted = max(shape.planted for shape in shapes)

@@ -63,6 +63,14 @@ class Reporter:
             parts = [f"ETA {_duration((self._total - self._done) * seconds / examples)}", rate, *parts]
         self.working(f"{where}: {', '.join(parts)}")
 
+    def resume(self, examples: int) -> None:
+        """So many examples were trained on in earlier launches."""
+        self._done += examples
+
+    def note(self, line: str) -> None:
+        """A line that stays, and is written even where progress is not shown."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def working(self, status: str) -> None:
         """What is being done."""
         if self._live:

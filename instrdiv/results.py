@@ -35,10 +35,19 @@ METRIC_COLUMNS = (
     *("figure", "group", "member", "seed", "step", "examples_seen", "loss", "gradient_norm", "train_exact_match"),
     *("unseen_dev_exact_match", "unseen_dev_tests", "status"),
 )
+#: Columns of errors.csv: how many wrong answers of a member, split and slice are of each class (see errors.py).
+ERROR_COLUMNS = ("figure", "group", "member", "seed", "step", "split", "slice", "error", "count", "tests")
+#: Columns of samples.csv: some decoded answers; ``error`` is empty where the answer is right.
+SAMPLE_COLUMNS = (
+    *("figure", "group", "member", "seed", "step", "split", "slice"),
+    *("pattern", "replacement", "input", "answer", "decoded", "error"),
+)
 #: Columns of timings.csv: one row a report. Seconds include the tests on unseen_dev; where a row has ``compiled`` 1,
-#: they include compilation, and there is no rate.
+#: they include compilation, and there is no rate. ``elapsed_seconds`` adds them up, over all launches, for a group;
+#: ``checkpoint_seconds``, besides, is how long training stood still for a checkpoint.
 TIMING_COLUMNS = (
     *("group", "step", "compiled", "seconds", "examples_per_second", "tokens_per_second", "elapsed_seconds"),
+    "checkpoint_seconds",
 )
 
 
@@ -52,11 +61,32 @@ def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None
 
 def read_table(path: Path) -> list[Row]:
     """Reads a CSV; cells that are numbers become int or float, empty ones NaN. Raises BadInput if it is none."""
+    if not path.exists():
+        raise BadInput(f"{path} cannot be read as a table: there is no such file")
+    return [{name: _value(cell) for name, cell in row.items()} for row in read_cells(path)]
+
+
+def read_cells(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV as they are written; none where there is no such file. Raises BadInput if it is no table."""
     try:
         with open(path, newline="") as file:
-            return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a table: {error}") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise BadInput(f"{path} cannot be read as a table: its rows differ in length")
+    return rows
+
+
+def merge_table(path: Path, rows: Iterable[Row], columns: Sequence[str], key: Sequence[str]) -> None:
+    """Adds rows to a CSV, each in place of the one that has the same cells in the columns ``key``, else at the end."""
+    merged = {tuple(row[name] for name in key): row for row in read_cells(path)}
+    for row in rows:
+        cells = {name: str(_cell(row[name])) for name in columns}
+        merged[tuple(cells[name] for name in key)] = cells
+    write_table(path, merged.values(), columns)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,12 +107,17 @@ class replacing:
         return self.file
 
     def __exit__(self, kind, error, traceback):
-        self.file.close()
-        if kind is None:
-            os.chmod(self.file.name, 0o644)
-            os.replace(self.file.name, self.path)
-        else:
-            os.unlink(self.file.name)
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())  # or a power cut may leave the new name with the old length, or none
+                os.chmod(self.file.name, 0o644)
+                os.replace(self.file.name, self.path)
+        finally:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.file.name)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

@@ -195,10 +195,12 @@ class Setting(StaticFields, TracedFields, TableFields):
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Setting:
         """The setting whose ``as_row`` this is, as read back from JSON; a field that is missing has its default."""
-        values = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
+        values: dict[str, Any] = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         if "occurrences" in values:
             values["occurrences"] = tuple(int(count) for count in str(values["occurrences"]).split("+"))
-        return cls(**{name: math.inf if value == "inf" else value for name, value in values.items()})
+        if values.get("tail_shape") == "inf":  # JSON has no infinity
+            values["tail_shape"] = math.inf
+        return cls(**values)
 
     def validate(self) -> None:
         """Raises BadInput, naming the flag, for a setting that cannot be trained. Cheap: builds no table."""

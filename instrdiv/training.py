@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from instrdiv.checkpoints import named_leaves
 from instrdiv.model import Decoder
 from instrdiv.optimizers import make_optimizer, rate_at
 from instrdiv.population import (
@@ -94,6 +96,13 @@ def init_member(group: Group, data: MemberData) -> MemberState:
     return MemberState(params=params, optimizer=optimizer, diverged_at=jnp.int32(-1))
 
 
+def abstract_member(group: Group) -> MemberState:
+    """Shapes and types of one member's state."""
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    data = MemberData(seed, *[None] * 6)  # type: ignore[arg-type]
+    return jax.eval_shape(lambda data: init_member(group, data), data)
+
+
 def train_step(
     group: Group, data_parallel: int, tables: Tables, data: MemberData, state: MemberState, step, indices_B
 ) -> tuple[MemberState, StepMetrics]:
@@ -159,16 +168,27 @@ def train_chunk(
 class Trainer:
     """The state of a group on its mesh, advanced chunk by chunk.
 
+    Args:
+      group, pools, mesh, members_per_vmap: what is trained, and its layout.
+      restored: the step and the named arrays of a checkpoint to go on from; ValueError where they are not this group's.
+
     Attributes:
       step: steps done.
       size: members including idle ones.
       tables, data, state: on device.
     """
 
-    def __init__(self, group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int = 1):
+    def __init__(
+        self,
+        group: Group,
+        pools: RulePools,
+        mesh: Mesh,
+        members_per_vmap: int = 1,
+        restored: tuple[int, dict[str, np.ndarray]] | None = None,
+    ):
         self.group, self.mesh, self.members_per_vmap = group, mesh, members_per_vmap
         self.size = padded_size(len(group.members), mesh, members_per_vmap)
-        self.step = 0
+        self.step, arrays = restored or (0, None)
         self._order = ExampleOrder(group.config.examples, group.config.batch_size)
         tables, data = stack_group(group, pools, self.size)
         self.tables = put(tables, mesh, P())
@@ -187,7 +207,27 @@ class Trainer:
             in_specs=[P(), member, member, P(), batch],
             donate=(2,),
         )
-        self.state: MemberState = initialise(self.data)
+        self.state: MemberState = initialise(self.data) if arrays is None else self._restore(arrays)
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
+        """The state from named arrays [M, ...], M at least the group's members; idle ones repeat the first again."""
+        abstract = abstract_member(self.group)
+        expected = named_leaves(abstract)
+        members = len(self.group.members)
+        rows = [*range(members), *[0] * (self.size - members)]
+        leaves = []
+        if set(arrays) != set(expected):
+            raise ValueError(f"its arrays differ in {sorted(set(arrays) ^ set(expected))[0]}")
+        for name, leaf in expected.items():
+            array = arrays[name]
+            if (array.shape[1:], array.dtype) != (leaf.shape, leaf.dtype) or len(array) < members:
+                raise ValueError(
+                    f"{name} is {array.dtype}{list(array.shape)}, not {leaf.dtype}{[members, *leaf.shape]}"
+                )
+            leaves.append(array if len(array) == self.size else array[rows])
+        state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        # Not aliased: the buffers are donated to the first chunk.
+        return jax.device_put(state, NamedSharding(self.mesh, P("member")), may_alias=False)
 
     def chunk_arguments(self) -> tuple[Any, ...]:
         """What the next call of ``train_chunk`` takes."""

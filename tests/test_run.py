@@ -10,8 +10,9 @@ import pytest
 
 import instrdiv
 from instrdiv.results import METRIC_COLUMNS, RESULT_COLUMNS, read_table
-from instrdiv.run import Options, Sweep, plan, run
+from instrdiv.run import plan, run
 from instrdiv.settings import BadInput, Member
+from instrdiv.sweep import Options, Sweep
 from tests.worlds import TINY, tiny
 
 
@@ -28,7 +29,8 @@ def finished(tmp_path_factory):
 
 def test_the_directory_has_the_files_of_the_contract(finished):
     names = {path.name for path in finished[1].iterdir()}
-    assert names == {"config.json", "provenance.json", "metrics.csv", "results.csv", "timings.csv", "resemblance.csv"}
+    tables = {f"{name}.csv" for name in ("metrics", "results", "timings", "resemblance", "errors", "samples")}
+    assert names == tables | {"config.json", "provenance.json", "checkpoints", ".lock"}
 
 
 def test_results_have_a_row_a_member_a_slice(finished):
@@ -62,8 +64,9 @@ def test_resemblance_is_nil_under_the_default_split(finished):
 
 def test_config_says_all_that_is_needed_to_run_again(finished):
     config = json.loads((finished[1] / "config.json").read_text())
-    assert (config["devices"], config["members_per_vmap"], config["data_parallel"]) == (2, 1, 1)
-    for member, kept in zip(sweep().members, config["members"], strict=True):
+    (cohort,) = config["cohorts"]
+    assert (cohort["devices"], cohort["members_per_vmap"], cohort["data_parallel"]) == (2, 1, 1)
+    for member, kept in zip(sweep().members, cohort["members"], strict=True):
         assert kept["id"] == member.id and kept["seed"] == member.seed
         assert {k: kept[k] for k in ("instructions", "width")} == {
             k: member.setting.as_row()[k] for k in ("instructions", "width")
@@ -85,10 +88,10 @@ def test_a_finished_run_is_read_back_not_repeated(finished):
 
 def test_another_run_in_the_same_directory_is_refused_by_its_differences(finished):
     other = Sweep.grid(tiny(width=32, epochs=3.0), seeds=2, dev_tests=16, tests=24, instructions=[4, 16])
-    with pytest.raises(BadInput, match=r"differs in width, epochs;") as refusal:
+    with pytest.raises(BadInput, match=r"differs in width \(16 there, 32 asked for\), epochs \(") as refusal:
         run(other, finished[1], Options(devices=2), progress=False)
     assert "members_per_vmap" not in str(refusal.value)
-    with pytest.raises(BadInput, match=r"members \(4 there, 2 asked for\)"):
+    with pytest.raises(BadInput, match=r"differs in instructions \(4,16 there, 4 asked for\);"):
         run(dataclasses.replace(sweep(), members=sweep().members[:2]), finished[1], Options(devices=2), progress=False)
 
 
@@ -142,13 +145,12 @@ def test_a_layout_that_was_left_open_is_kept(finished, tmp_path):
 
 def test_a_field_that_an_older_run_lacks_had_its_default(finished, tmp_path):
     config = json.loads((finished[1] / "config.json").read_text())
-    for member in config["members"]:
+    for member in config["cohorts"][0]["members"]:
         del member["near_miss_fraction"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "results.csv").write_bytes((finished[1] / "results.csv").read_bytes())
-    for name in ("metrics.csv", "timings.csv"):
+    for name in ("results.csv", "metrics.csv", "timings.csv", "provenance.json"):
         (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
-    assert run(sweep(), tmp_path, progress=False).results
+    assert run(sweep(), tmp_path, progress=False, keep_params=False).results
 
 
 def test_overwrite_starts_anew(finished, tmp_path):

@@ -1,0 +1,259 @@
+"""Checkpoints of a group: written while training goes on, trusted only when read.
+
+A checkpoint is one Orbax step of two items: ``state``, every array of the group's state, flat, by name, with a leading
+axis of members; and ``record``, JSON: the rows of the tables up to that step, and a digest of every array. So a run
+goes on from a checkpoint alone, and no table has a row more or fewer than the state it belongs to.
+
+Orbax makes a step appear whole or not at all; what happens to it afterwards (a power cut, a full disk, a deletion cut
+short, a flipped bit) is found out by reading it: every array must have its digest. A step is deleted only when two
+later ones have been written, and never the last that could be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from instrdiv.settings import BadInput
+
+
+class Damaged(Exception):
+    """A checkpoint that is listed cannot be read, or is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole.
+
+    Attributes:
+      step: steps done.
+      arrays: name -> numpy array [M, ...]; M includes the idle members of the layout it was saved with.
+      record: what ``Checkpoints.save`` was given.
+    """
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Schedule:
+    """When to save: after so many minutes, and whenever a multiple of so many steps has been passed.
+
+    Attributes:
+      minutes: between two saves that only serve to go on from; infinite for none.
+      steps: checkpoints about every so many steps, which are kept for good; None for none.
+      clock: seconds.
+    """
+
+    minutes: float = 2.0
+    steps: int | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self):
+        self._last = self.clock()
+
+    def is_kept(self, step: int, chunk_steps: int) -> bool:
+        """The checkpoint at ``step``, a chunk's end, is the first past a multiple of ``steps``."""
+        return self.steps is not None and step // self.steps > (step - chunk_steps) // self.steps
+
+    def is_due(self, step: int, chunk_steps: int) -> bool:
+        return self.is_kept(step, chunk_steps) or self.clock() - self._last >= 60 * self.minutes
+
+    def saved(self) -> None:
+        self._last = self.clock()
+
+
+class Checkpoints:
+    """The checkpoints of one group, in a directory of their own.
+
+    Args:
+      path: the directory; made by the first save.
+      say: takes a line that the user must see.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None):
+        self.path, self._say = path.absolute(), say
+        self._saving: int | None = None
+        self._whole: list[int] = []  # steps known to be whole that only serve to go on from, oldest first
+        # Nothing is deleted by Orbax: what may go is decided here, when the next one is known to be on disk.
+        self._manager = ocp.CheckpointManager(
+            self.path,
+            options=ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that are listed, ascending; they may be damaged."""
+        if not self.path.is_dir():
+            return []
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any], keep: bool = False) -> None:
+        """Saves the state of a group, asynchronously once its arrays have been copied to the host.
+
+        Args:
+          step: steps done.
+          state: tree of arrays [M, ...] of four-byte types. Its buffers may be donated when this returns.
+          record: JSON; what belongs to this state.
+          keep: never delete it.
+
+        Raises:
+          BadInput: this save, or the one before, could not be written.
+        """
+        self.wait()
+        arrays = named_leaves(state)
+        digests = {name: digest.tolist() for name, digest in jax.device_get(_digests(arrays)).items()}
+        text = json.dumps({"record": record, "digests": digests, "keep": keep})
+        sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        with self._clear_errors(step):
+            self.path.mkdir(parents=True, exist_ok=True)
+            saving = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(sealed))
+            if not self._manager.save(step, args=saving, force=True):
+                raise OSError(f"step {step} is there already")
+        self._saving = None if keep else step
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk, then deletes what it makes superfluous. Raises BadInput."""
+        with self._clear_errors(self._saving):
+            self._manager.wait_until_finished()
+            self._settle()
+
+    def settle(self) -> None:
+        """As ``wait``, but does nothing while a save is under way."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def _settle(self) -> None:
+        if self._saving is not None:
+            self._whole.append(self._saving)
+            self._saving = None
+        while len(self._whole) > 2:
+            self._manager.delete(self._whole[0])
+            del self._whole[0]
+
+    def read(self, step: int) -> Checkpoint:
+        """Reads a checkpoint and checks every array. Raises Damaged."""
+        try:
+            sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            if hashlib.sha256(sealed["text"].encode()).hexdigest() != sealed["sha256"]:
+                raise Damaged("its record has changed since it was written")
+            content = json.loads(sealed["text"])
+            names = content["digests"]
+            as_numpy = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+            restore = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=as_numpy)
+            arrays = dict(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"])
+            wrong = [n for n in names if _digest(np, np.ascontiguousarray(arrays[n])).tolist() != names[n]]
+        except Damaged:
+            raise
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise Damaged(f"it cannot be read ({' '.join(str(error).split())[:120]})") from None
+        if wrong:
+            raise Damaged(f"{wrong[0]} has changed since it was written")
+        if not content["keep"]:
+            self._whole = sorted({*self._whole, step})
+        return Checkpoint(step, arrays, content["record"])
+
+    def latest(self) -> Checkpoint | None:
+        """The latest whole checkpoint, or None. Damaged ones after it are said, and set aside."""
+        found, damaged = None, []
+        for step in reversed(self.steps()):
+            try:
+                found = self.read(step)
+                break
+            except Damaged as error:
+                damaged.append(step)
+                self._say(f"checkpoint {self.path / str(step)} is damaged: {error}; set aside, the one before is used")
+        for step in damaged:
+            aside = self.path / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.path / str(step)).rename(aside)
+        if damaged and not found:
+            self._say(f"no whole checkpoint is left in {self.path}: training starts from the beginning")
+        self._tidy(found.step if found else 0)
+        self._manager.reload()
+        return found
+
+    def _tidy(self, latest: int) -> None:
+        """Removes what an interrupted save left, and finds the earlier checkpoints that may go one day."""
+        if not self.path.is_dir():
+            return
+        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for step in self.steps():
+            if step < latest:
+                try:
+                    sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+                    keep = json.loads(sealed["record"]["text"])["keep"]
+                except Exception:  # half deleted, say: it served only to go on from
+                    keep = False
+                if not keep:
+                    self._whole = sorted({*self._whole, step})
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _clear_errors(self, step: int | None) -> _ClearErrors:
+        return _ClearErrors(self, step)
+
+
+class _ClearErrors:
+    """Turns whatever a failed save raises into one line that says what is left."""
+
+    def __init__(self, checkpoints: Checkpoints, step: int | None):
+        self.checkpoints, self.step = checkpoints, step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or not isinstance(error, Exception):
+            return
+        whole = self.checkpoints._whole
+        left = f"the last whole one is that of step {whole[-1]}" if whole else "there is none before it"
+        raise BadInput(
+            f"{self.checkpoints.path}: the checkpoint of step {self.step} cannot be written "
+            f"({_reason(error)}); {left}. Mend that, and the same command goes on from there"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words where the error has them, however deep."""
+    text = " ".join(str(error).split())
+    for words in ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded"):
+        if words in text:
+            return words
+    return getattr(error, "strerror", None) or text[:160]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, its parts joined by dots."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _digest(xp: Any, array: Any) -> Any:
+    """uint32 [M] of an array [M, ...]: the words of each member's part, weighted by odd numbers, modulo 2^32.
+
+    The same on host and device. Any change of one word changes it; of several, all but one in 2^32.
+    """
+    words = array.view(xp.uint32).reshape(array.shape[0], -1)
+    weights = 2 * xp.arange(words.shape[1], dtype=xp.uint32) + xp.uint32(1)
+    return (words * weights).sum(1, dtype=xp.uint32)
+
+
+@jax.jit
+def _digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _digest(jnp, array) for name, array in arrays.items()}

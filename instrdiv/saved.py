@@ -1,0 +1,343 @@
+"""The files of a run: written by one launch at a time, read by any."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instrdiv.checkpoints import Checkpoints, Damaged
+from instrdiv.population import Group, make_groups
+from instrdiv.results import (
+    ERROR_COLUMNS,
+    METRIC_COLUMNS,
+    RESULT_COLUMNS,
+    SAMPLE_COLUMNS,
+    TIMING_COLUMNS,
+    Row,
+    merge_table,
+    plain,
+    provenance,
+    read_cells,
+    write_json,
+    write_table,
+)
+from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.sweep import Options, Sweep
+
+#: What identifies a row of results.csv; with the error class, of errors.csv.
+RESULT_KEY = ("member", "step", "split", "slice")
+
+_FILES = (
+    *("results.csv", "errors.csv", "samples.csv", "metrics.csv", "timings.csv", "resemblance.csv"),
+    *("provenance.json", "figure.png", "figure.pdf", "report.html"),
+)
+_FOLDERS = ("checkpoints", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """Members that were launched together, and their layout. Those added later form a cohort of their own."""
+
+    members: tuple[Member, ...]
+    options: Options
+
+
+def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Options]]:
+    """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
+    groups: list[tuple[Group, Options]] = []
+    for cohort in cohorts:
+        groups += [(group, cohort.options) for group in make_groups(cohort.members, len(groups))]
+    return groups
+
+
+class SavedRun:
+    """A run directory, to be read: what was run, and its checkpoints.
+
+    Attributes:
+      path: the directory.
+      sweep: all members, as ordered in the tables.
+      cohorts: the same, as they were launched.
+      groups: as trained; ``group.members`` are the rows of its arrays.
+
+    Raises BadInput where there is no run, or its config.json is damaged.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise BadInput(f"--run_dir={path}: holds no run (there is no config.json)")
+        try:
+            there = json.loads(config.read_text())
+            self.cohorts = [_read_cohort(cohort) for cohort in there["cohorts"]]
+            members = tuple(member for cohort in self.cohorts for member in cohort.members)
+            self.sweep = Sweep(there["figure"], members, there["dev_tests"], there["tests"])
+            self.sweep.validate()
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise BadInput(
+                f"{config} cannot be read ({type(error).__name__}: {error}); --overwrite starts anew"
+            ) from None
+        self.groups = tuple(group for group, _ in number_groups(self.cohorts))
+
+    def checkpoints(self, group: Group, say: Callable[[str], None] = lambda line: None) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints" / group.name, say)
+
+    def steps(self, group: Group) -> list[int]:
+        """Saved steps, ascending."""
+        return self.checkpoints(group).steps()
+
+    def params(self, group: Group, step: int | None = None) -> tuple[int, Any, np.ndarray]:
+        """The parameters of a group as they were saved.
+
+        Args:
+          group: one of ``groups``.
+          step: one of ``steps``; the last whole one by default.
+
+        Returns:
+          The step, the parameters (numpy, leading axis ``len(group.members)``), and ``diverged_at`` int32 [M].
+
+        Raises BadInput where there is no such checkpoint, or it is damaged.
+        """
+        checkpoints = self.checkpoints(group)
+        saved = checkpoints.steps()
+        wanted = saved[::-1] if step is None else [step]
+        if not saved or not set(wanted) <= set(saved):
+            listed = f"saved are {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
+            raise BadInput(f"--step={step}: {checkpoints.path} has no such checkpoint; {listed}")
+        why = None
+        for number in wanted:
+            try:
+                checkpoint = checkpoints.read(number)
+            except Damaged as error:
+                why = error
+                continue
+            members = len(group.members)
+            params = _nested({n: a[:members] for n, a in checkpoint.arrays.items() if n.startswith("params.")})
+            return number, params["params"], checkpoint.arrays["diverged_at"][:members]
+        raise BadInput(f"--step={step}: the checkpoints in {checkpoints.path} are damaged: {why}")
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other launches out while entered. Raises BadInput where one is running."""
+        return _locked(self.path)
+
+    def done(self) -> set[str]:
+        """Names of the groups that were trained to their end and tested, and have all their rows in the tables."""
+        tested = {
+            (row["member"], row["step"]) for row in read_cells(self.path / "results.csv") if row["split"] == "seen"
+        }
+        reports = Counter(row["group"] for row in read_cells(self.path / "metrics.csv"))
+        return {
+            group.name
+            for group in self.groups
+            if {(member.id, str(group.config.steps)) for member in group.members} <= tested
+            and reports[group.name] == len(group.members) * group.config.chunks
+        }
+
+    def is_finished(self) -> bool:
+        """Every group is done, and what is written last is there for every member."""
+        compared = {row["member"] for row in read_cells(self.path / "resemblance.csv")}
+        return len(self.done()) == len(self.groups) and {member.id for member in self.sweep.members} <= compared
+
+
+class RunDirectory(SavedRun):
+    """A run directory that a launch writes to, after ``check`` found that it may."""
+
+    @classmethod
+    def check(cls, path: Path, sweep: Sweep, options: Options, overwrite: bool) -> list[Cohort]:
+        """The cohorts that this sweep makes in this directory: those that are there, and one of what is new.
+
+        Writes nothing. Raises BadInput where the directory cannot be used for this sweep.
+        """
+        try:
+            _check_writable(path)
+            there = [p for p in path.iterdir() if not p.name.startswith((".lock", ".config"))] if path.exists() else []
+        except (OSError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"--run_dir={path}: cannot be used ({error}); name another directory") from None
+        if there and not (path / "config.json").exists():
+            raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
+        if overwrite or not there:
+            return [Cohort(sweep.members, options.resolve(sweep.members))]
+        run = SavedRun(path)
+        differ = _differences(run, sweep, options)
+        if differ:
+            raise BadInput(f"--run_dir={path}: holds another run, which differs in {', '.join(differ)}; "
+                           "choose another directory, or --overwrite to start anew")  # fmt: skip
+        there_already = {member.id for member in run.sweep.members}
+        new = tuple(member for member in sweep.members if member.id not in there_already)
+        return [*run.cohorts, Cohort(new, options.resolve(new))] if new else run.cohorts
+
+    @classmethod
+    @contextlib.contextmanager
+    def begin(cls, path: Path, sweep: Sweep, cohorts: Sequence[Cohort], overwrite: bool) -> Iterator[RunDirectory]:
+        """Makes the directory and says in config.json what is being run; nobody else may meanwhile."""
+        with _clear_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
+        config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
+        with _locked(path):
+            with _clear_errors(path):
+                for name in (*_FILES, "config.json"):  # what a launch that was killed in mid-write has left
+                    for leftover in path.glob(f".{name}.*"):
+                        leftover.unlink()
+                if overwrite:  # config.json last: without it, the directory would be nobody's
+                    for name in _FOLDERS:
+                        shutil.rmtree(path / name, ignore_errors=True)
+                    for name in _FILES:
+                        (path / name).unlink(missing_ok=True)
+                if not _holds(path / "config.json", plain(config)):
+                    write_json(path / "config.json", config)
+            yield cls(path)
+
+    def write_progress(self, group: Group, metrics: Sequence[Row], timings: Sequence[Row]) -> None:
+        """Replaces the group's rows of metrics.csv and timings.csv; those of the others stay."""
+        with _clear_errors(self.path):
+            for name, rows, columns in (("metrics", metrics, METRIC_COLUMNS), ("timings", timings, TIMING_COLUMNS)):
+                path = self.path / f"{name}.csv"
+                others = [row for row in read_cells(path) if row["group"] != group.name]
+                write_table(path, [*others, *rows], columns)
+
+    def write_results(self, results: Sequence[Row], errors: Sequence[Row] = (), samples: Sequence[Row] = ()) -> None:
+        """Adds rows to the tables of results, each in place of an older one of the same key; results.csv last."""
+        with _clear_errors(self.path):
+            merge_table(self.path / "errors.csv", errors, ERROR_COLUMNS, (*RESULT_KEY, "error"))
+            merge_table(self.path / "samples.csv", samples, SAMPLE_COLUMNS, (*RESULT_KEY, "pattern", "input"))
+            merge_table(self.path / "results.csv", results, RESULT_COLUMNS, RESULT_KEY)
+
+    def write_resemblance(self, rows: Sequence[Row]) -> None:
+        with _clear_errors(self.path):
+            write_table(self.path / "resemblance.csv", rows, tuple(rows[0]))
+
+    def write_provenance(self, **facts: Any) -> None:
+        """Says where and with what this launch runs; what earlier launches said is kept below it."""
+        with _clear_errors(self.path):
+            write_json(self.path / "provenance.json", provenance(**facts) | {"earlier_launches": self._earlier})
+
+    @functools.cached_property
+    def _earlier(self) -> list[dict[str, Any]]:
+        """What provenance.json said when this launch first asked; nothing where it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            last = json.loads((self.path / "provenance.json").read_text())
+            return [*last.pop("earlier_launches", []), last]
+        return []
+
+
+def _read_cohort(there: dict[str, Any]) -> Cohort:
+    members = tuple(Member(Setting.from_row(row), row["seed"]) for row in there["members"])
+    return Cohort(members, Options(**{field.name: there[field.name] for field in dataclasses.fields(Options)}))
+
+
+def _write_cohort(cohort: Cohort) -> dict[str, Any]:
+    members = [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in cohort.members]
+    return plain(dataclasses.asdict(cohort.options) | {"members": members})
+
+
+def _holds(path: Path, value: Any) -> bool:
+    try:
+        return json.loads(path.read_text()) == value
+    except (OSError, ValueError):
+        return False
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Named arrays as the nested dictionaries that their dotted names spell."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    return tree
+
+
+def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
+    """What makes this sweep another run than the one that is there, with both values; more members make none.
+
+    A layout that is left open (None, or its default) differs in nothing.
+    """
+    differ = [
+        f"{name} ({getattr(run.sweep, name)} there, {getattr(sweep, name)} asked for)"
+        for name in ("figure", "dev_tests", "tests")
+        if getattr(run.sweep, name) != getattr(sweep, name)
+    ]
+    for name, value in dataclasses.asdict(options).items():
+        kept = {getattr(cohort.options, name) for cohort in run.cohorts}
+        if value not in (None, getattr(Options(), name)) and kept != {value}:
+            differ.append(f"{name} ({', '.join(map(str, sorted(kept)))} there, {value} asked for)")
+    asked = {member.id for member in sweep.members}
+    if all(member.id in asked for member in run.sweep.members):
+        return differ
+    theirs, ours = ([{**m.setting.as_row(), "seed": m.seed} for m in s.members] for s in (run.sweep, sweep))
+    for name in ours[0]:
+        old, new = ({row[name]: None for row in rows} for rows in (theirs, ours))
+        if not set(old) <= set(new):
+            differ.append(f"{name} ({_few(old)} there, {_few(new)} asked for)")
+    return differ or [f"members ({len(theirs)} there, {len(ours)} asked for)"]
+
+
+def _few(values: dict[Any, None]) -> str:
+    names = list(map(str, values))
+    return ",".join(names if len(names) <= 8 else [*names[:3], "…", names[-1]])
+
+
+def _check_writable(path: Path) -> None:
+    """Raises BadInput or OSError unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise BadInput(f"--run_dir={path}: {nearest} is a file; name a directory")
+    # A name as long as the longest one that will be made.
+    probe = nearest / f".instrdiv-{time.monotonic_ns()}".ljust(max(len(part) for part in path.parts), "-")
+    try:
+        probe.mkdir()
+    except OSError as error:
+        raise BadInput(f"--run_dir={path}: {nearest} is not writable ({error.strerror}); name another") from None
+    probe.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the directory's lock, which the system gives back however the process ends."""
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        with _clear_errors(path):
+            file = stack.enter_context(open(path / ".lock", "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                file.seek(0)
+                raise BadInput(f"--run_dir={path}: is in use by {file.read().strip() or 'another launch'}; "
+                               "wait for it, or name another directory") from None  # fmt: skip
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """A disk that is full or read-only is one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, "
+                       "and the same command goes on from the last checkpoint") from error  # fmt: skip
