@@ -205,6 +205,12 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
     def _clear_errors(self, step: int | None) -> _ClearErrors:
         return _ClearErrors(self, step)
 

@@ -158,7 +158,7 @@ class _GroupRun:
         self.metrics: list[Row] = []
         self.timings: list[Row] = []
         self.results: list[Row] = []
-        self._rules = {member.id: pools.of(member).digest for member in group.members} if directory else {}
+        self._rules = [pools.of(member).digest for member in group.members] if directory else []
         self._frozen: set[str] = set()
         self.checkpoints = directory.checkpoints(group, reporter.note) if directory else None
         assert layout.devices and layout.members_per_vmap

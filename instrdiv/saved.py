@@ -97,7 +97,8 @@ class SavedRun:
 
     def steps(self, group: Group) -> list[int]:
         """Saved steps, ascending."""
-        return self.checkpoints(group).steps()
+        with self.checkpoints(group) as checkpoints:
+            return checkpoints.steps()
 
     def params(self, group: Group, step: int | None = None) -> tuple[int, Any, np.ndarray]:
         """The parameters of a group as they were saved.
@@ -107,27 +108,27 @@ class SavedRun:
           step: one of ``steps``; the last whole one by default.
 
         Returns:
-          The step, the parameters (numpy, leading axis ``len(group.members)``), and ``diverged_at`` int32 [M].
+          The step, the decoder's parameters (numpy, leading axis ``len(group.members)``), and ``diverged_at`` int32 [M].
 
         Raises BadInput where there is no such checkpoint, or it is damaged.
         """
-        checkpoints = self.checkpoints(group)
-        saved = checkpoints.steps()
-        wanted = saved[::-1] if step is None else [step]
-        if not saved or not set(wanted) <= set(saved):
-            listed = f"saved are {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
-            raise BadInput(f"--step={step}: {checkpoints.path} has no such checkpoint; {listed}")
-        why = None
-        for number in wanted:
-            try:
-                checkpoint = checkpoints.read(number)
-            except Damaged as error:
-                why = error
-                continue
-            members = len(group.members)
-            params = _nested({n: a[:members] for n, a in checkpoint.arrays.items() if n.startswith("params.")})
-            return number, params["params"], checkpoint.arrays["diverged_at"][:members]
-        raise BadInput(f"--step={step}: the checkpoints in {checkpoints.path} are damaged: {why}")
+        with self.checkpoints(group) as checkpoints:
+            saved = checkpoints.steps()
+            if not saved or step not in (None, *saved):
+                listed = f"saved are {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
+                asked = "" if step is None else f"--step={step}: "
+                raise BadInput(f"{asked}{checkpoints.path} has no such checkpoint; {listed}")
+            why = None
+            for number in saved[::-1] if step is None else [step]:
+                try:
+                    found = checkpoints.read(number)
+                except Damaged as error:
+                    why = error
+                    continue
+                members = len(group.members)
+                params = _nested({n: a[:members] for n, a in found.arrays.items() if n.startswith("params.")})
+                return number, params["params"], found.arrays["diverged_at"][:members]
+            raise BadInput(f"{checkpoints.path / str(number)}: the checkpoint is damaged: {why}")
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other launches out while entered. Raises BadInput where one is running."""
