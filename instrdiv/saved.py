@@ -108,7 +108,7 @@ class SavedRun:
           step: one of ``steps``; the last whole one by default.
 
         Returns:
-          The step, the decoder's parameters (numpy, leading axis ``len(group.members)``), and ``diverged_at`` int32 [M].
+          The step, the decoder's parameters (numpy, leading axis ``len(group.members)``), ``diverged_at`` int32 [M].
 
         Raises BadInput where there is no such checkpoint, or it is damaged.
         """
