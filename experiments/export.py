@@ -10,14 +10,14 @@ from pathlib import Path
 from absl import flags
 
 from instrdiv.export import export_member
-from instrdiv.launcher import FLAGS, NumberParser, start
+from instrdiv.launcher import FLAGS, NameParser, NumberParser, start
 from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput
 
 
 def main() -> None:
     for name in ("run_dir", "member", "out"):
-        if not FLAGS[name].value:
+        if FLAGS[name].value is None:
             raise BadInput(f"--{name}: must be given; it is {FLAGS[name].help}")
     out = Path(FLAGS.out)
     step = export_member(SavedRun(Path(FLAGS.run_dir)), FLAGS.member, out, FLAGS.step)
@@ -25,8 +25,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("run_dir", None, "the run directory")
-    flags.DEFINE_string("member", None, "the id of the member to write")
+    flags.DEFINE(NameParser(), "run_dir", None, "the run directory")
+    flags.DEFINE(NameParser(), "member", None, "the id of the member to write")
     flags.DEFINE(NumberParser(int, low=0), "step", None, "a saved step (default: the last)")
-    flags.DEFINE_string("out", None, "the directory to write, empty or not there")
+    flags.DEFINE(NameParser(), "out", None, "the directory to write, empty or not there")
     start(main)
