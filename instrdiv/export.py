@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,11 +24,9 @@ from instrdiv.model import make_norm
 from instrdiv.population import Group
 from instrdiv.results import plain
 from instrdiv.rewriting.alphabet import END, PAD
+from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput, Member, Setting, alphabet_of
 from instrdiv.training import make_decoder
-
-if TYPE_CHECKING:
-    from instrdiv.saved import SavedRun
 
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu"}  # Flax's gelu is the tanh form, which Transformers calls gelu_new
 

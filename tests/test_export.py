@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,8 +16,11 @@ import pytest
 from instrdiv.export import export_member, gpt2_checkpoint, write_checkpoint
 from instrdiv.population import RulePools, make_groups, stack_group, training_example
 from instrdiv.rewriting.alphabet import END, PAD, Alphabet
+from instrdiv.saved import RunDirectory, SavedRun
 from instrdiv.settings import BadInput, Member
-from instrdiv.training import make_decoder
+from instrdiv.sweep import Options, Sweep
+from instrdiv.training import MemberState, make_decoder
+from tests.test_launchers import command
 from tests.worlds import tiny
 
 RAGGED = {"pattern_length_min": 1, "replacement_length_min": 0, "input_length_min": 3, "held_out": "pattern"}
@@ -232,60 +236,89 @@ class TestTransformers:
         np.testing.assert_array_equal(made, ours)
 
 
-class FakeRun:
-    """What ``SavedRun`` gives, from parameters that are never saved."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with two members, whose saved parameters nobody trained; and these, by step and row."""
+    path, sweep = tmp_path_factory.mktemp("run"), Sweep.grid(tiny(), seeds=2)
+    cohorts = RunDirectory.check(path, sweep, Options(devices=1), overwrite=False)
+    with RunDirectory.begin(path, sweep, cohorts, overwrite=False) as directory:
+        (group,) = directory.groups
+        trees = {step: [random_params(group, seed=step + row) for row in range(2)] for step in (8, 16)}
+        checkpoints = directory.checkpoints(group)
+        for step, pair in trees.items():
+            params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+            state = MemberState(params=params, optimizer=(), diverged_at=jnp.array([-1, 7]))
+            checkpoints.save(step, state, record={}, keep=True)
+        checkpoints.wait()
+        checkpoints.close()
+    return SimpleNamespace(run=SavedRun(path), group=group, trees=trees, ids=[m.id for m in group.members])
 
-    def __init__(self, path, **changes):
-        (self.group,) = self.groups = make_groups([Member(tiny(**changes), seed) for seed in range(2)])
-        self.path = path
-        self.trees = [random_params(self.group, seed) for seed in range(2)]
 
-    def params(self, group, step=None):
-        assert group is self.group
-        return step or 16, jax.tree.map(lambda *leaves: np.stack(leaves), *self.trees), np.array([-1, 7])
+class TestASavedRun:
+    @pytest.mark.parametrize("step, row", [(None, 1), (8, 1), (8, 0)])
+    def test_a_member_is_found_by_its_id_and_step(self, saved, tmp_path, step, row):
+        from safetensors.numpy import load_file
+
+        expected_step = step or 16
+        assert export_member(saved.run, saved.ids[row], tmp_path / "out", step) == expected_step
+        tensors = load_file(tmp_path / "out" / "model.safetensors")
+        for name, expected in gpt2_checkpoint(saved.group, saved.trees[expected_step][row])[1].items():
+            np.testing.assert_array_equal(tensors[name], expected)
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert f"Trained for {expected_step} of 16 steps" in text and f"seed {row}" in text
+        assert ("diverged at step 7" in text) == (row == 1)
+
+    def test_the_command_does_the_same(self, saved, tmp_path):
+        export_member(saved.run, saved.ids[1], tmp_path / "python", step=8)
+        out = tmp_path / "command"
+        asked = [f"--run_dir={saved.run.path}", f"--member={saved.ids[1]}", "--step=8", f"--out={out}"]
+        done = command("experiments.export", *asked)
+        assert (done.returncode, done.stdout) == (0, f"{saved.ids[1]}, step 8: {out}\n"), done.stderr
+        for path in (tmp_path / "python").iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 class TestMistakes:
-    def test_a_member_is_found_by_its_id(self, tmp_path):
-        from safetensors.numpy import load_file
+    def test_a_flag_that_is_missing(self):
+        done = command("experiments.export", "--run_dir=somewhere", "--out=elsewhere")
+        assert done.returncode == 2 and done.stderr.startswith("error: --member: must be given")
 
-        saved = FakeRun(tmp_path)
-        assert export_member(saved, saved.group.members[1].id, tmp_path / "out", step=8) == 8
-        tensors = load_file(tmp_path / "out" / "model.safetensors")
-        for name, expected in gpt2_checkpoint(saved.group, saved.trees[1])[1].items():
-            np.testing.assert_array_equal(tensors[name], expected)
-        assert "Trained for 8 of 16 steps" in (readme := (tmp_path / "out" / "README.md").read_text())
-        assert "diverged at step 7" in readme and "seed 1" in readme
-
-    def test_an_unknown_member(self, tmp_path):
+    def test_an_unknown_member(self, saved, tmp_path):
         with pytest.raises(BadInput, match=r"^--member=m0: .* has no such member; its config\.json names"):
-            export_member(FakeRun(tmp_path), "m0", tmp_path / "out")
+            export_member(saved.run, "m0", tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+    def test_a_step_that_was_not_saved(self, saved, tmp_path):
+        with pytest.raises(BadInput, match=r"^--step=3: .*saved are 8, 16$"):
+            export_member(saved.run, saved.ids[0], tmp_path / "out", step=3)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_checkpoint(self, saved, tmp_path):
+        shutil.copy(saved.run.path / "config.json", tmp_path)
+        with pytest.raises(BadInput, match="nothing is saved yet"):
+            export_member(SavedRun(tmp_path), saved.ids[0], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("positions", ["rotary", "none"])
-    def test_positions_that_gpt2_lacks(self, tmp_path, positions):
-        saved = FakeRun(tmp_path, positions=positions)
+    def test_positions_that_gpt2_lacks(self, positions):
+        (group,) = make_groups([Member(tiny(positions=positions), 0)])
         with pytest.raises(BadInput, match=rf"^--config\.positions={positions}: .*GPT-2 has learned positions only"):
-            export_member(saved, saved.group.members[0].id, tmp_path / "out")
-        assert not list(tmp_path.iterdir())
+            gpt2_checkpoint(group, random_params(group))
 
-    def test_a_directory_that_is_not_empty_keeps_what_it_has(self, tmp_path):
-        saved = FakeRun(tmp_path)
+    def test_a_directory_that_is_not_empty_keeps_what_it_has(self, saved, tmp_path):
         (tmp_path / "config.json").write_text("mine")
         with pytest.raises(BadInput, match=r"^--out=.*: is not empty, and nothing is overwritten"):
-            export_member(saved, saved.group.members[0].id, tmp_path)
+            export_member(saved.run, saved.ids[0], tmp_path)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "mine")]
 
-    def test_a_file_in_the_place_of_the_directory(self, tmp_path):
-        saved = FakeRun(tmp_path)
+    def test_a_file_in_the_place_of_the_directory(self, saved, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(BadInput, match=r"^--out=.*file.*: cannot be written"):
-            export_member(saved, saved.group.members[0].id, tmp_path / "file")
+            export_member(saved.run, saved.ids[0], tmp_path / "file")
 
-    def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
-        saved = FakeRun(tmp_path)
+    def test_a_missing_package_is_named(self, saved, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors", None)
         monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
         with pytest.raises(BadInput, match=r"needs the package safetensors: pip install -e '\.\[export\]'$"):
-            export_member(saved, saved.group.members[0].id, tmp_path / "out")
+            export_member(saved.run, saved.ids[0], tmp_path / "out")
         assert not list(tmp_path.iterdir())
