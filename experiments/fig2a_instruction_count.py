@@ -1,4 +1,6 @@
-"""Figure 2a of *Only-IF* (figure 2 of paper P1): how many different instructions make a model follow new ones?
+"""Figure 2a: how many different instructions make a model follow new ones?
+
+Of *Only-IF* (P2, arXiv 2410.04717); figure 2 of its forerunner (P1, arXiv 2402.10891).
 
     python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=runs/fig2a
 

@@ -7,13 +7,22 @@ Any ``--config.<field>`` of the launchers works. The training set is shown in th
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
 from absl import flags
 
 from instrdiv.evaluation import SPLITS, make_test_set, sample_test, seen_rules, stream_of_split
-from instrdiv.launcher import FLAGS, NumberParser, define_preset_flag, define_setting_flags, setting_flags, start
+from instrdiv.launcher import (
+    FLAGS,
+    NumberParser,
+    define_preset_flag,
+    define_setting_flags,
+    refuse_idle_flags,
+    setting_flags,
+    start,
+)
 from instrdiv.population import ExampleOrder, RulePools, make_groups, stack_group, training_example
 from instrdiv.presets import BASES, DEV_TESTS
 from instrdiv.rewriting.examples import Rules
@@ -68,7 +77,10 @@ def as_text(shown: list[dict]) -> str:
 
 
 def main() -> None:
+    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
+    refuse_idle_flags([setting])
     shown = rows(setting, FLAGS.split, FLAGS.num, FLAGS.seed, DEV_TESTS[FLAGS.preset])
     print(as_text(shown) if FLAGS.format == "text" else "\n".join(map(json.dumps, shown)))
 

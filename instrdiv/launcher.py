@@ -90,15 +90,15 @@ def launch(figure: Figure) -> None:
     define_preset_flag(figure.presets)
     define_setting_flags(swept)
     whole = NumberParser(int, low=1)
-    _define(whole, "seeds", "models a setting")
-    _define(whole, "dev_tests", "held-out rules that are tested at every report")
-    _define(whole, "tests", "held-out rules that are tested at the end")
+    _define(whole, "seeds", "models a setting (default: the preset's)")
+    _define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
+    _define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
     _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
     _define(whole, "data_parallel", "devices that share one member's batch", default=1)
     _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU)")
-    flags.DEFINE_string("run_dir", None, "where tables and pictures go (default: runs/<figure>-<preset>)")
-    flags.DEFINE_bool("dry_run", False, "say what it would take, and stop")
-    flags.DEFINE_bool("overwrite", False, "start anew in a directory that holds another run")
+    _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
+    _define_switch("dry_run", "say what it would take, and stop")
+    _define_switch("overwrite", "start anew in a directory that holds another run")
     minutes = NumberParser(float, low=0)
     _define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
     _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
@@ -134,6 +134,7 @@ def make_sweep(figure: Figure, preset: Preset) -> Sweep:
         for values in itertools.product(*lists.values())
     ]
     seeds = FLAGS.seeds or preset.seeds
+    refuse_idle_flags(settings)
     members = tuple(Member(setting, seed) for setting in settings for seed in range(seeds))
     return Sweep(figure.name, members, FLAGS.dev_tests or preset.dev_tests, FLAGS.tests or preset.tests)
 
@@ -146,6 +147,8 @@ def start(main: Callable[[], None]) -> None:
             return FLAGS(argv)
         except flags.Error as error:
             _fail(f"{' '.join(str(error).split())} (--help lists the flags)")
+        except SystemExit:  # after --help; absl would call that a failure
+            sys.exit(0)
 
     def guarded(argv: list[str]) -> None:
         try:
@@ -177,7 +180,8 @@ def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None
         text = field.metadata["help"]
         if field.name in swept:
             parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
-        _define(parser, f"config.{field.name}", f"{text} (default: the preset's)")
+        default = "" if "(default: " in text else " (default: the preset's)"
+        _define(parser, f"config.{field.name}", text + default)
 
 
 def setting_flags() -> dict[str, Any]:
@@ -186,9 +190,25 @@ def setting_flags() -> dict[str, Any]:
     return {name: value for name in names if (value := FLAGS[f"config.{name}"].value) is not None}
 
 
+def refuse_idle_flags(settings: Sequence[Setting]) -> None:
+    """Raises BadInput for a flag that was given and changes nothing in any of the settings that come of it."""
+    no_ops = any(setting.no_op_fraction > 0 for setting in settings)
+    orders = any(set(setting.family.split("+")) != {"free"} for setting in settings)
+    for name, neutral, used, why in (
+        ("near_miss_fraction", 0, no_ops, "there are no no-ops; raise --config.no_op_fraction"),
+        ("k_min", 1, orders, "the family free has order 1 only; choose another --config.family"),
+        ("k_max", 1, orders, "the family free has order 1 only; choose another --config.family"),
+    ):
+        value = max(getattr(setting, name) for setting in settings)
+        if name in setting_flags() and value > neutral and not used:
+            raise BadInput(f"--config.{name}={value}: has no effect, {why}")
+
+
 def _parser_for(kind: Any, choices: Sequence[str] | None) -> flags.ArgumentParser:
     if choices:
-        return flags.EnumParser(list(choices))
+        enum = flags.EnumParser(list(choices))
+        enum.syntactic_help = f"one of {', '.join(choices)}"
+        return enum
     if isinstance(kind, types.UnionType):  # int | None
         kind = typing.get_args(kind)[0]
     if kind is bool:
@@ -210,6 +230,8 @@ class NumberParser(flags.ArgumentParser):
             value = self.kind(argument)
         except ValueError:
             raise ValueError(f"must be {self.syntactic_help}") from None
+        if math.isnan(value):
+            raise ValueError("must be a finite number")
         if not self.low <= value <= self.high:
             bounds = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
             raise ValueError(f"must be {self.syntactic_help}, {bounds}")
@@ -228,6 +250,15 @@ class ListParser(flags.ArgumentParser):
         return tuple(self.item.parse(part.strip() if isinstance(part, str) else part) for part in parts)
 
 
+class NameParser(flags.ArgumentParser):
+    """A string that says something."""
+
+    def parse(self, argument):
+        if not argument:
+            raise ValueError("must not be empty")
+        return argument
+
+
 class _BoolParser(flags.ArgumentParser):
     syntactic_help = "true or false"
 
@@ -240,6 +271,11 @@ class _BoolParser(flags.ArgumentParser):
 
 def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
     flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
+
+
+def _define_switch(name: str, help: str) -> None:
+    """A flag that is on where it is named; like absl's, but that one reports a mistake as a tuple."""
+    flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, False, help, boolean=True))
 
 
 def _conclude(figure: Figure, result: Run, run_dir: Path) -> None:

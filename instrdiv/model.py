@@ -21,7 +21,7 @@ MUON_MATRICES = ("qkv", "attention_out", "mlp_up", "mlp_down")
 
 
 class Decoder(nn.Module):
-    """Reads tokens, predicts the next one (model of paper P2, section 3.1, and the variants of ``StaticFields``).
+    """Reads tokens, predicts the next one: the model of P2 (arXiv 2410.04717), section 3.1, or a variant.
 
     Attributes:
       config: the static fields of a setting.

@@ -1,9 +1,10 @@
 """Base settings of the presets, shared by all launchers: how large a world, how large a model, how long.
 
-- ``smoke``: everything runs, nothing is learned; under a minute on two CPU cores.
-- ``laptop``: a world small enough that two CPU cores show the phenomenon in ten minutes.
-- ``gpu``: the papers' strings and model, with a budget of about 25 minutes on one H200.
-- ``paper``: the papers' full budget (P2, section 3.1 and appendix B).
+- ``smoke``: everything runs, nothing is learned; half a minute on two CPU cores.
+- ``laptop``: a world small enough that two CPU cores show the phenomenon in five minutes (measured, figure 2a).
+- ``gpu``: the papers' strings and model, with a budget of 25 to 45 minutes on one H200 (extrapolated, not run).
+- ``paper``: the papers' full budget (P2, arXiv 2410.04717, section 3.1 and appendix B); a day or two on one H200
+  (extrapolated, not run).
 
 What the papers do not say, and we chose: batch size, warm-up, weight decay (0.1 with Muon, 0 with AdamW, as in the
 Transformers trainer), positions (learned), loss on the answer only, no dropout. The ``gpu`` recipe (Muon, 1.5 epochs)

@@ -208,6 +208,8 @@ class Setting(StaticFields, TracedFields, TableFields):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 _refuse(f.name, value, f"must be one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value) and f.name not in ("tail_shape", "clip"):
+                _refuse(f.name, value, "must be a finite number")
         _at_least(
             self, 1, "instructions", "pattern_length", "input_length", "k_min", "examples", "batch_size", "layers"
         )
@@ -382,5 +384,5 @@ def alphabet_of(setting: StaticFields) -> Alphabet:
 def _at_least(setting: Setting, low: float, *names: str) -> None:
     for name in names:
         value = getattr(setting, name)
-        if not (value >= low and math.isfinite(value)):
+        if value < low:
             _refuse(name, value, f"must be at least {low}")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from instrdiv.population import make_groups
-from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.settings import SETTING_COLUMNS, BadInput, Member, Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,17 @@ class Sweep:
              tests: int = 2_000, **values: Iterable[Any]) -> Sweep:  # fmt: skip
         """Every combination of the values given for fields of ``Setting``, with every seed.
 
+        Raises BadInput for a name that is no field, or a value where a list of values is meant.
+
         >>> len(Sweep.grid(Setting(examples=4096), seeds=3, instructions=[16, 256, 4096]).members)
         9
         """
         settings = [base or Setting()]
         for name, choices in values.items():
+            if name not in SETTING_COLUMNS:
+                raise BadInput(f"Sweep.grid: {name} is not a field of Setting; those are {', '.join(SETTING_COLUMNS)}")
+            if isinstance(choices, str) or not isinstance(choices, Iterable):
+                raise BadInput(f"Sweep.grid: {name}={choices!r} must be a list of values, as in {name}=[{choices!r}]")
             choices = list(choices)
             settings = [dataclasses.replace(setting, **{name: choice}) for setting in settings for choice in choices]
         members = tuple(Member(setting, seed) for setting in settings for seed in range(seeds))

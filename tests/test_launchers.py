@@ -2,21 +2,28 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from instrdiv import launcher
+from instrdiv.settings import BadInput
+from tests.worlds import tiny
+
 ROOT = Path(__file__).parent.parent
 FIG2A = "experiments.fig2a_instruction_count"
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
+ENVIRONMENT["PYTHONPATH"] = str(ROOT)
+
+
 def command(module, *flags, cwd=None):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
-    environment["PYTHONPATH"] = str(ROOT)
     arguments = [sys.executable, "-m", module, *flags]
-    return subprocess.run(arguments, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(arguments, cwd=cwd or ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
@@ -43,7 +50,15 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
 
 def test_help_tells_what_the_launcher_does():
     done = command(FIG2A, "--help")
-    assert "Figure 2a" in done.stdout and "--config.width" in done.stdout and "dry_run" in done.stdout
+    assert done.returncode == 0 and "Figure 2a" in done.stdout
+    shown = {}  # flag -> what is said of it, on one line
+    for text in re.split(r"\n  --", done.stdout)[1:]:
+        name, _, rest = text.partition(":")
+        shown[name.removeprefix("[no]")] = " ".join(rest.split())
+    assert {"config.width", "run_dir", "dry_run", "seeds"} <= set(shown)
+    assert "(one of layernorm, rmsnorm)" in shown["config.norm"]
+    for name, text in shown.items():
+        assert text.count("(default: ") == 1, f"{name}: {text}"
 
 
 class TestShowData:
@@ -87,6 +102,12 @@ class TestShowData:
         done = command("experiments.show_data", "--preset=smoke", "--num=100000")
         assert done.returncode == 2 and done.stderr == "error: --num=100000: --split=train has 512 examples\n"
 
+    def test_a_reader_that_stops_early_is_no_error(self):
+        flags = "--preset=smoke --num=512 --config.input_length=200"  # more than a pipe holds
+        shell = f"{sys.executable} -m experiments.show_data {flags} | head -1"
+        done = subprocess.run(shell, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.stdout.startswith("pattern") and len(done.stdout.splitlines()) == 1 and done.stderr == ""
+
     def test_text_is_a_table(self):
         done = command("experiments.show_data", "--preset=smoke", "--num=3", "--split=unseen")
         lines = done.stdout.splitlines()
@@ -99,6 +120,17 @@ class TestShowData:
             "rule_id",
             "split",
         ]
+
+
+def test_a_flag_without_effect_on_some_settings_of_a_sweep_is_welcome(monkeypatch):
+    given = {"near_miss_fraction": 0.5, "k_max": 2}
+    monkeypatch.setattr(launcher, "setting_flags", lambda: given)
+    both = [tiny(**given, no_op_fraction=share, family=name) for share, name in ((0, "free"), (0.2, "free+repeated"))]
+    launcher.refuse_idle_flags(both)
+    with pytest.raises(BadInput, match=r"^--config\.near_miss_fraction=0\.5: has no effect"):
+        launcher.refuse_idle_flags(both[:1])
+    given.clear()  # the preset may say what it likes
+    launcher.refuse_idle_flags(both[:1])
 
 
 #: flags -> what the one line must name and say.
@@ -124,6 +156,12 @@ MISTAKES = [
     (["--run_dir={long}"], ["--run_dir="]),
     (["laptop"], ["unexpected argument 'laptop'"]),
     (["--config.biases=maybe"], ["config.biases=maybe", "true or false"]),
+    (["--dry_run=maybe"], ["--dry_run=maybe: must be true or false"]),
+    (["--run_dir="], ["--run_dir=: must not be empty"]),
+    (["--config.learning_rate=nan"], ["--config.learning_rate=nan: must be a finite number"]),
+    (["--config.weight_decay=inf"], ["--config.weight_decay=inf: must be a finite number"]),
+    (["--config.near_miss_fraction=0.5"], ["--config.near_miss_fraction=0.5: has no effect", "no_op_fraction"]),
+    (["--config.k_max=3"], ["--config.k_max=3: has no effect", "--config.family"]),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Families of strings: how much a string may mean (paper P2, section 3.3).
+"""Families of strings: how much a string may mean (paper P2, arXiv 2410.04717, section 3.3).
 
 A family of order k (k divides the length L) has L/k free letters: *repeated* (k=3: aaabbbccc), *periodic*
 (k=2: abcabc), *mirrored* (k=3: abccbaabc). Order 1 of every family is *free*. Families nest, so two of them share

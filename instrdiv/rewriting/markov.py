@@ -23,10 +23,10 @@ def rewrite(pattern: str, replacement: str, text: str) -> str:
 
 
 class MarkovAlgorithm:
-    """An ordered list of rules, applied until a stop rule fires or no rule applies (paper P2, section 2).
+    """An ordered list of rules, applied until a stop rule fires or no rule applies.
 
-    At each step the first rule whose pattern occurs rewrites its leftmost occurrence. Characters are arbitrary,
-    so markers outside the input's alphabet need no special treatment.
+    See P2 (arXiv 2410.04717), section 2. At each step the first rule whose pattern occurs rewrites its leftmost
+    occurrence. Characters are arbitrary, so markers outside the input's alphabet need no special treatment.
 
     Args:
       rules: ``(pattern, replacement)`` or ``(pattern, replacement, stop)``, in order of priority.
@@ -38,10 +38,13 @@ class MarkovAlgorithm:
     def __init__(self, rules: Sequence[tuple[str, str] | tuple[str, str, bool]]):
         self.rules: list[tuple[str, str, bool]] = []
         for rule in rules:
-            pattern, replacement, stop = rule if len(rule) == 3 else (*rule, False)
-            if not (isinstance(pattern, str) and isinstance(replacement, str) and isinstance(stop, bool)):
-                raise ValueError(f"a rule is (pattern, replacement[, stop]), got {rule!r}")
-            self.rules.append((pattern, replacement, stop))
+            match rule:
+                case (str(pattern), str(replacement)):
+                    self.rules.append((pattern, replacement, False))
+                case (str(pattern), str(replacement), bool(stop)):
+                    self.rules.append((pattern, replacement, stop))
+                case _:
+                    raise ValueError(f"a rule is (pattern, replacement[, stop]), got {rule!r}")
 
     def step(self, text: str) -> tuple[str, bool]:
         """One rewriting step: the new text, and whether the run ends with it."""

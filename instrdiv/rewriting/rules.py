@@ -45,7 +45,7 @@ class StringFamily:
     """The strings a pattern (or a replacement) is drawn from.
 
     Drawn by: a family of ``families``, then a length, then an order, each uniformly among those possible, then the
-    free letters. Pattern and replacement are drawn independently [our choice: paper P2 does not say].
+    free letters. Pattern and replacement are drawn independently [our choice: paper P2, arXiv 2410.04717, is silent].
     """
 
     alphabet_size: int

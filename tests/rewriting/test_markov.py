@@ -1,6 +1,7 @@
 """One-step rewriting against ``str.replace(x, y, 1)``, and Markov algorithms."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -96,7 +97,7 @@ def test_the_empty_pattern_is_counted_as_python_does():
 
 class TestMarkovAlgorithm:
     def test_appends_the_reverse(self):
-        """The example of P2, appendix A: a string becomes itself and its reverse. Capitals and @ are markers."""
+        """P2 (arXiv 2410.04717), appendix A: a string becomes itself and its reverse. Capitals and @ are markers."""
         letters = "ab"
         rules = [(f"{x.upper()}{y}", f"{y}{x.upper()}") for x in letters for y in letters]  # copies move right
         rules += [(f"@{x}", f"{x}@{x.upper()}") for x in letters]  # the marker passes a letter and leaves its copy
@@ -126,6 +127,7 @@ class TestMarkovAlgorithm:
         with pytest.raises(RuntimeError, match="no end after 7 steps"):
             instrdiv.MarkovAlgorithm([("a", "aa")]).run("a", max_steps=7)
 
-    def test_a_rule_of_another_form_is_refused(self):
-        with pytest.raises(ValueError, match="pattern, replacement"):
-            instrdiv.MarkovAlgorithm([("a", 3)])  # type: ignore[list-item]
+    @pytest.mark.parametrize("rule", [("a",), ("a", 3), ("a", "b", "c"), ("a", "b", True, 1), "ab", 5, None, ()])
+    def test_a_rule_of_another_form_is_refused_by_name(self, rule):
+        with pytest.raises(ValueError, match=rf"^a rule is \(pattern, replacement.*got {re.escape(repr(rule))}$"):
+            instrdiv.MarkovAlgorithm([("a", "b"), rule])
