@@ -23,7 +23,8 @@ from typing import Any
 import jinja2
 
 from instrdiv import thresholds
-from instrdiv.results import Row, read_table, replacing, varying
+from instrdiv.results import Row, read_cells, read_table, replacing, varying
+from instrdiv.saved import SavedRun
 from instrdiv.settings import SETTING_COLUMNS, BadInput, Setting
 
 #: Points a curve keeps, at most.
@@ -37,11 +38,12 @@ SAMPLES = 5
 _ROUND = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
 
 # What is read of each table; a run of an older version may lack others.
-_RESULT_COLUMNS = ("member", "seed", "split", "slice", "exact_match", "status", "instructions")
+_RESULT_COLUMNS = ("member", "seed", "step", "split", "slice", "exact_match", "status", "instructions")
 _METRIC_COLUMNS = ("member", "step", "loss", "unseen_dev_exact_match", "status")
 _TIMING_COLUMNS = ("group", "compiled", "seconds", "examples_per_second", "tokens_per_second")
-_ERROR_COLUMNS = ("member", "split", "slice", "error", "count", "tests")
+_ERROR_COLUMNS = ("member", "step", "split", "slice", "error", "count", "tests")
 _SAMPLE_TEXTS = ("pattern", "replacement", "input", "answer", "decoded", "error")
+_SAMPLE_COLUMNS = ("member", "seed", "step", "split", *_SAMPLE_TEXTS)
 _RESEMBLANCE_COLUMNS = ("member", "trained", "held_out", "compared", "pattern_seen", "replacement_seen", "rule_seen",
                         "pattern_distance_mean", "replacement_distance_mean", "rule_distance_min")  # fmt: skip
 
@@ -94,41 +96,48 @@ class _Tables:
     """The files of a run, and its members sorted into settings.
 
     Attributes:
-      members: id -> the row of its settings, and its seed.
+      sweep: what was run.
+      members: id -> member.
+      rows: id -> its settings.
       fields: the settings that differ between members.
       settings: members of every setting, by their values of ``fields``, in order.
+      results, errors, samples: of the members at their last step (a run may have tested earlier ones too).
       diverged: id -> step, of the members that diverged.
-      errors, samples: None where the run has none.
     """
 
     def __init__(self, path: Path):
-        self.config = _read_json(path / "config.json", "figure", "dev_tests", "tests", "devices", "members")
-        self.provenance = _read_json(path / "provenance.json", "command", "versions", "devices", "wall_seconds")
-        try:
-            rows = self.config["members"]
-            self.members = {row["id"]: {"seed": row["seed"], **Setting.from_row(row).as_row()} for row in rows}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path / 'config.json'} is damaged: its members cannot be read ({error!r})") from None
-        self.results = self._of_members(path / "results.csv", _RESULT_COLUMNS)
+        saved = SavedRun(path)
+        self.sweep = saved.sweep
+        self.devices = max(cohort.options.devices or 0 for cohort in saved.cohorts)
+        self.members = {member.id: member for member in self.sweep.members}
+        self.rows = {id: member.setting.as_row() for id, member in self.members.items()}
+        self.provenance = _read_json(path / "provenance.json", "command", "versions", "devices")
         self.metrics = self._of_members(path / "metrics.csv", _METRIC_COLUMNS)
         self.resemblance = self._of_members(path / "resemblance.csv", _RESEMBLANCE_COLUMNS)
         self.timings = read_table(path / "timings.csv", _TIMING_COLUMNS)
-        errors, samples = path / "errors.csv", path / "samples.csv"
-        self.errors = self._of_members(errors, _ERROR_COLUMNS) if errors.exists() else None
-        columns = ("member", "seed", "split", *_SAMPLE_TEXTS)
-        self.samples = self._of_members(samples, columns, _SAMPLE_TEXTS) if samples.exists() else None
+        self.results = self._at_the_end(path / "results.csv", _RESULT_COLUMNS)
+        self.errors = self._at_the_end(path / "errors.csv", _ERROR_COLUMNS, optional=True)
+        self.samples = self._at_the_end(path / "samples.csv", _SAMPLE_COLUMNS, _SAMPLE_TEXTS, optional=True)
 
-        self.fields = varying(list(self.members.values())) or ("instructions",)
+        self.fields = varying(list(self.rows.values())) or ("instructions",)
         self.settings: dict[tuple, list[str]] = {}
-        for id in sorted(self.members, key=lambda id: (_order(self.key(id)), self.members[id]["seed"])):
+        for id in sorted(self.members, key=lambda id: (_order(self.key(id)), self.members[id].seed)):
             self.settings.setdefault(self.key(id), []).append(id)
         self.diverged = {row["member"]: _step_of(row["status"]) for row in self.results if row["status"] != "ok"}
 
     def key(self, id: str) -> tuple:
-        return tuple(self.members[id][name] for name in self.fields)
+        return tuple(self.rows[id][name] for name in self.fields)
 
     def label(self, key: tuple) -> str:
         return _label(self.fields, key)
+
+    def _at_the_end(
+        self, path: Path, columns: Sequence[str], text: Sequence[str] = (), optional: bool = False
+    ) -> list[Row]:
+        if optional and not read_cells(path):
+            return []
+        rows = self._of_members(path, columns, text)
+        return [row for row in rows if row["step"] == self.members[row["member"]].setting.steps]
 
     def _of_members(self, path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[Row]:
         """A table that has a column ``member``."""
@@ -142,8 +151,7 @@ class _Tables:
 def _asked(run: _Tables) -> dict[str, Any]:
     """What was trained: the settings that vary, those that do not, the seeds and the devices."""
     fields = {field.name: field for field in dataclasses.fields(Setting)}
-    rows = list(run.members.values())
-    setting = Setting.from_row(rows[0])
+    rows, setting = list(run.rows.values()), run.sweep.members[0].setting
     fixed: dict[bool, list[tuple[str, str, str]]] = {True: [], False: []}
     for name in SETTING_COLUMNS:
         if len({row[name] for row in rows}) == 1:
@@ -153,13 +161,13 @@ def _asked(run: _Tables) -> dict[str, Any]:
             fixed[rows[0][name] == default].append((name, _text(rows[0][name]), fields[name].metadata["help"]))
     values = dict(zip(run.fields, zip(*run.settings, strict=True), strict=True))
     return {
-        "figure": str(run.config["figure"]),
+        "figure": run.sweep.figure,
         "members": len(rows),
         "settings": len(run.settings),
-        "seeds": sorted({row["seed"] for row in rows}),
-        "devices": _counted(run.provenance["devices"][: run.config["devices"]]),
-        "dev_tests": run.config["dev_tests"],
-        "tests": run.config["tests"],
+        "seeds": _seeds(run),
+        "devices": _counted(run.provenance["devices"][: run.devices]),
+        "dev_tests": run.sweep.dev_tests,
+        "tests": run.sweep.tests,
         "varied": [(name, _unique(map(_text, values[name])), fields[name].metadata["help"]) for name in run.fields],
         "chosen": fixed[False],
         "default": fixed[True],
@@ -180,7 +188,7 @@ def _thresholds(run: _Tables) -> list[tuple[str, str]]:
     others = [name for name in run.fields if name != "instructions"]
     groups: dict[tuple, list[Row]] = {}
     for row in thresholds.select(run.results, "unseen", "has_op"):
-        groups.setdefault(tuple(run.members[row["member"]][name] for name in others), []).append(row)
+        groups.setdefault(tuple(run.rows[row["member"]][name] for name in others), []).append(row)
     return [
         (_label(others, key), thresholds.threshold(rows).text)
         for key, rows in sorted(groups.items(), key=lambda item: _order(item[0]))
@@ -204,7 +212,7 @@ def _summary(run: _Tables) -> list[dict[str, Any]]:
             "models": len(ids),
             "unseen": spread(ids, "unseen"),
             "seen": spread(ids, "seen"),
-            "diverged": [(run.members[id]["seed"], run.diverged[id]) for id in ids if id in run.diverged],
+            "diverged": [(run.members[id].seed, run.diverged[id]) for id in ids if id in run.diverged],
         }
         for key, ids in run.settings.items()
     ]
@@ -251,15 +259,15 @@ def _curves(run: _Tables) -> dict[str, Any]:
         rows[row["member"]].append(row)
     steps = max(row["step"] for row in run.metrics)
     match_frame, loss_frame = Frame(steps, 0.0, 1.0), Frame(steps, *_loss_range(rows.values()), log=True)
-    seeds = sorted({member["seed"] for member in run.members.values()})
+    seeds = _seeds(run)
 
     def member(id: str) -> dict[str, Any]:
         onset, diverged = thresholds.onset(rows[id]), run.diverged.get(id)
         draw = functools.partial(_line, rows[id], diverged)
-        place = seeds.index(run.members[id]["seed"])
+        place = seeds.index(run.members[id].seed)
         return {
             "id": id,
-            "seed": run.members[id]["seed"],
+            "seed": run.members[id].seed,
             "color": place % COLORS,
             "dashed": place // COLORS % 2 == 1,
             "onset": onset,
@@ -319,7 +327,7 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
 
 def _errors(run: _Tables) -> dict[str, Any] | None:
     """Of every setting, the share of right answers and of each class of wrong ones; a table a split and slice."""
-    if run.errors is None:
+    if not run.errors:
         return None
     classes = _unique(row["error"] for row in run.errors)
     tables = []
@@ -356,7 +364,7 @@ def _resemblance(run: _Tables) -> list[dict[str, Any]]:
 
 def _samples(run: _Tables) -> list[dict[str, Any]] | None:
     """The first sample answers of every setting and split, in the table's order."""
-    if run.samples is None:
+    if not run.samples:
         return None
     of_setting: dict[tuple, list[Row]] = {key: [] for key in run.settings}
     for row in run.samples:
@@ -404,7 +412,8 @@ def _provenance(run: _Tables) -> dict[str, Any]:
         "processor": said.get("processor"),
         "processor cores": said.get("processor_cores"),
         "platform": said.get("platform"),
-        "wall time": str(datetime.timedelta(seconds=round(said["wall_seconds"]))),
+        "launches": 1 + len(said.get("earlier_launches", [])),
+        "wall time of the last launch": _duration(said["wall_seconds"]) if "wall_seconds" in said else None,
     }
     groups: dict[str, list[Row]] = {}
     for row in run.timings:
@@ -416,6 +425,7 @@ def _provenance(run: _Tables) -> dict[str, Any]:
             {
                 "group": group,
                 "reports": len(rows),
+                "seconds": _duration(sum(row["seconds"] for row in rows)),
                 "compiling": sum(row["seconds"] for row in rows if row["compiled"]),
                 "examples": statistics.median(row["examples_per_second"] for row in steady) if steady else None,
                 "tokens": statistics.median(row["tokens_per_second"] for row in steady) if steady else None,
@@ -427,7 +437,7 @@ def _provenance(run: _Tables) -> dict[str, Any]:
 def _launched(run: _Tables) -> str | None:
     """The command of the launcher that made the run; None if it was made in another way."""
     script, *flags = run.provenance["command"]
-    figure = run.config["figure"]
+    figure = run.sweep.figure
     return shlex.join(["python", "-m", f"experiments.{figure}", *flags]) if script == f"{figure}.py" else None
 
 
@@ -441,6 +451,14 @@ def _read_json(path: Path, *names: str) -> Mapping[str, Any]:
     if missing:
         raise BadInput(f"{path} lacks {missing[0]!r}; it is not a run's")
     return value
+
+
+def _seeds(run: _Tables) -> list[int]:
+    return sorted({member.seed for member in run.sweep.members})
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _step_of(status: str) -> int:

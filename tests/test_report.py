@@ -13,12 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.fig2a_instruction_count import PRESETS
 from instrdiv import thresholds
 from instrdiv.report import SAMPLES, compare, thin, write_report
-from instrdiv.results import METRIC_COLUMNS, RESULT_COLUMNS, read_table, write_json, write_table
-from instrdiv.run import Sweep
+from instrdiv.results import (
+    ERROR_COLUMNS,
+    METRIC_COLUMNS,
+    RESULT_COLUMNS,
+    SAMPLE_COLUMNS,
+    read_table,
+    write_json,
+    write_table,
+)
+from instrdiv.saved import Cohort, RunDirectory
 from instrdiv.settings import BadInput
-from tests.worlds import TINY
+from instrdiv.sweep import Options, Sweep
+from tests.worlds import TINY, tiny
 
 LAPTOP = Path(__file__).parent.parent / "results" / "laptop" / "fig2a_instruction_count"
 EVIL = "<script>alert(1)</script>&\"'"
@@ -29,7 +39,8 @@ ERRORS = ("wrong length", "wrong site", "wrong replacement", "copy error")
 def make_run(directory, figure="fig", seeds=2, reports=5, diverged=(), **values):
     """The tables of a made-up run. Exact match on unseen rules is I/100 + seed/1000, on seen ones 1; unseen_dev climbs
     to twice the former in equal parts, ten steps each; ``diverged`` are (I, seed) that did, at step 25."""
-    sweep = Sweep.grid(TINY, seeds=seeds, figure=figure, **({"instructions": [4, 16, 60]} | values))
+    base = tiny(epochs=10 * reports * TINY.batch_size / TINY.examples, reports=reports)
+    sweep = Sweep.grid(base, seeds=seeds, figure=figure, **({"instructions": [4, 16, 60]} | values))
     metrics, results, resemblance = [], [], []
     for member in sweep.members:
         count = member.setting.instructions
@@ -50,33 +61,37 @@ def make_run(directory, figure="fig", seeds=2, reports=5, diverged=(), **values)
         distances = {f"{what}_{of}": 1.5 for what in ("pattern", "replacement", "rule")
                      for of in ("seen", "distance_min", "distance_mean")}  # fmt: skip
         resemblance.append({"member": member.id, "trained": count, "held_out": 24, "compared": 16} | distances)
-    directory.mkdir()
+    begin(directory, sweep)
     write_table(directory / "metrics.csv", metrics, METRIC_COLUMNS)
     write_table(directory / "results.csv", results, RESULT_COLUMNS)
     write_table(directory / "resemblance.csv", resemblance, tuple(resemblance[0]))
     shutil.copy(LAPTOP / "timings.csv", directory)
-    members = [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in sweep.members]
-    write_json(directory / "config.json",
-               {"figure": figure, "dev_tests": 16, "tests": 24, "devices": 2, "members": members})  # fmt: skip
     write_json(directory / "provenance.json",
                {"command": [f"{figure}.py", "--preset=x"], "versions": {"python": "3", "jax": None},
                 "devices": ["cpu"] * 4, "wall_seconds": 83.2, "commit": None})  # fmt: skip
     return sweep.members
 
 
+def begin(directory, sweep):
+    """A run directory with its config.json."""
+    with RunDirectory.begin(directory, sweep, [Cohort(sweep.members, Options(2, 1, 1))], overwrite=False):
+        pass
+
+
 def add_answers(directory, members, samples=()):
     """errors.csv: of 1000 answers on unseen has-op tests, 10 * I are right and the wrong ones split 1 : 1 : 2 : rest.
     samples.csv: as given, (pattern, replacement, input, answer, decoded, error), for every member."""
-    errors = []
-    for member in members:
-        wrong = 1000 - 10 * member.setting.instructions
-        for error, count in zip(ERRORS, (wrong // 8, wrong // 8, wrong // 4, wrong - wrong // 2), strict=True):
-            errors.append({"member": member.id, "split": "unseen", "slice": "has_op", "error": error, "count": count,
-                           "tests": 1000})  # fmt: skip
-    write_table(directory / "errors.csv", errors, tuple(errors[0]))
+    errors, rows = [], []
     names = ("pattern", "replacement", "input", "answer", "decoded", "error")
-    rows = [{"member": member.id, "seed": member.seed, "split": split} | dict(zip(names, sample, strict=True))
-            for member in members for split in ("unseen", "seen") for sample in samples]  # fmt: skip
+    for member in members:
+        same = {"member": member.id, "seed": member.seed, "step": 50, "slice": "has_op"}
+        wrong = 1000 - 10 * member.setting.instructions
+        counts = (wrong // 8, wrong // 8, wrong // 4, wrong - wrong // 2)
+        for error, count in zip(ERRORS, counts, strict=True):
+            errors.append(same | {"split": "unseen", "error": error, "count": count, "tests": 1000})
+        for split in ("unseen", "seen"):
+            rows += [same | {"split": split} | dict(zip(names, sample, strict=True)) for sample in samples]
+    write_table(directory / "errors.csv", errors, tuple(errors[0]))
     if rows:
         write_table(directory / "samples.csv", rows, tuple(rows[0]))
 
@@ -141,7 +156,13 @@ def page(directory, *arguments, **options):
 def laptop(tmp_path_factory):
     """A copy of the laptop run of figure 2a, and its page."""
     directory = tmp_path_factory.mktemp("report") / "run"
-    shutil.copytree(LAPTOP, directory)
+    preset = PRESETS["laptop"]
+    begin(
+        directory, Sweep.grid(preset.base, preset.seeds, LAPTOP.name, preset.dev_tests, preset.tests, **preset.values)
+    )
+    for file in LAPTOP.iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, directory)
     claims = thresholds.instruction_step_claims(read_table(directory / "results.csv"))
     return directory, page(directory, claims)
 
@@ -221,6 +242,22 @@ class TestTables:
         shown = page(tmp_path / "run")
         assert not shown.all("img") and not {"errors", "samples"} & set(shown.ids)
         assert {"asked", "verdict", "results", "curves", "resemblance", "provenance"} <= set(shown.ids)
+
+    def test_tables_of_errors_and_samples_may_be_empty(self, tmp_path):
+        make_run(tmp_path / "run")
+        write_table(tmp_path / "run" / "errors.csv", [], ERROR_COLUMNS)
+        write_table(tmp_path / "run" / "samples.csv", [], SAMPLE_COLUMNS)
+        assert not {"errors", "samples"} & set(page(tmp_path / "run").ids)
+
+    def test_tests_of_earlier_steps_are_left_out(self, tmp_path):
+        add_answers(tmp_path / "run", make_run(tmp_path / "run"), [SAMPLE])
+        before = write_report(tmp_path / "run").read_bytes()
+        for name in ("results", "errors", "samples"):
+            path = tmp_path / "run" / f"{name}.csv"
+            rows = read_table(path, text=("pattern", "replacement"))
+            early = [row | {"step": 20, "exact_match": 0.9, "count": 1000, "status": "ok"} for row in rows]
+            write_table(path, early + rows, tuple(rows[0]))
+        assert write_report(tmp_path / "run").read_bytes() == before
 
     def test_several_settings_vary_each_with_its_own_threshold(self, tmp_path):
         make_run(tmp_path / "run", width=[16, 32])
@@ -337,23 +374,14 @@ class TestEscaping:
         assert not shown.all("script") and shown.text.count(EVIL) > 12
         assert page(run_dir, command=f"python {EVIL}").pieces.count(f"python {EVIL}") == 1
 
-    def test_a_setting_is_text_too(self, tmp_path):
-        """As far as a table can go: a family that is none is refused long before."""
-        make_run(tmp_path / "run")
-        config = json.loads((tmp_path / "run" / "config.json").read_text())
-        config["members"] = [member | {"family": EVIL} for member in config["members"]]
-        write_json(tmp_path / "run" / "config.json", config)
-        assert EVIL in page(tmp_path / "run").pieces
-
 
 class TestFiles:
-    def test_the_same_tables_give_the_same_bytes_wherever_they_lie(self, tmp_path, laptop):
-        shutil.copytree(LAPTOP, tmp_path / "elsewhere")
+    def test_the_same_tables_give_the_same_bytes_wherever_they_lie_and_nothing_else_changes(self, tmp_path, laptop):
+        shutil.copytree(laptop[0], tmp_path / "elsewhere")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()}
         claims = thresholds.instruction_step_claims(read_table(LAPTOP / "results.csv"))
-        assert write_report(tmp_path / "elsewhere", claims).read_bytes() == (laptop[0] / "report.html").read_bytes()
-        assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {p.name for p in LAPTOP.iterdir()} | {
-            "report.html"
-        }
+        write_report(tmp_path / "elsewhere", claims)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == before
 
     @pytest.mark.parametrize(
         "name", ["config.json", "provenance.json", "results.csv", "metrics.csv", "timings.csv", "resemblance.csv"]
@@ -379,7 +407,7 @@ class TestFiles:
         make_run(tmp_path / "run")
         path = tmp_path / "run" / "metrics.csv"
         path.write_text(path.read_text()[:-30])
-        with pytest.raises(BadInput, match=r"metrics\.csv cannot be read as a table: its row 30"):
+        with pytest.raises(BadInput, match=r"metrics\.csv cannot be read as a table: its rows differ in length"):
             write_report(tmp_path / "run")
 
     def test_a_run_made_from_python_has_no_command(self, tmp_path):
