@@ -3,6 +3,8 @@
 PYTHON ?= python3
 RUN_DIR ?= runs/fig2a
 BIN := .venv/bin
+# With EXTRAS=test,transformers, exported checkpoints are opened by Transformers itself, too (installs PyTorch).
+EXTRAS ?= test
 
 .PHONY: demo test test-slow lint clean
 
@@ -31,5 +33,5 @@ clean:
 	@touch $@
 
 .venv/test: .venv/core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +33,7 @@ def instruction_curve(
       The matplotlib figure. Every member is a dot (a cross if it diverged), every line a mean with a 95 % t-interval
       over seeds.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5.2)
     axes = figure.add_subplot()
     unseen = thresholds.select(results, "unseen", "has_op")
     if reported_band:
@@ -69,6 +66,22 @@ def instruction_curve(
     figure.supxlabel(caption(results), fontsize=8.5, color="#444444", x=0.02, ha="left")
     if path_stem is not None:
         save(figure, path_stem)
+    return figure
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, without pyplot and its global state; a notebook shows it as it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, dpi=100, metadata={"Software": None})
+            return png.getvalue()
+
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure
 
 

@@ -59,17 +59,30 @@ def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None
         writer.writerows({name: _cell(row[name]) for name in columns} for row in rows)
 
 
-def read_table(path: Path) -> list[Row]:
-    """Reads a CSV; cells that are numbers become int or float, empty ones NaN. Raises BadInput if it is none."""
+def read_table(path: Path, columns: Sequence[str] = (), text: Sequence[str] = ()) -> list[Row]:
+    """Reads a CSV; cells that are numbers become int or float, empty ones NaN.
+
+    Args:
+      path: of the file.
+      columns: that the caller needs; then a table without rows is refused too.
+      text: columns that stay as they are: a rule may be ``nan -> inf``.
+
+    Raises:
+      BadInput: if it is no table, or not this one.
+    """
     if not path.exists():
         raise BadInput(f"{path} cannot be read as a table: there is no such file")
-    return [{name: _value(cell) for name, cell in row.items()} for row in read_cells(path)]
+    cells = read_cells(path)
+    missing = [name for name in columns if not cells or name not in cells[0]]
+    if missing:
+        raise BadInput(f"{path} {f'lacks the column {missing[0]}' if cells else 'has no rows'}; it is not a run's")
+    return [{name: cell if name in text else _value(cell) for name, cell in row.items()} for row in cells]
 
 
 def read_cells(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV as they are written; none where there is no such file. Raises BadInput if it is no table."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         return []
@@ -89,6 +102,19 @@ def merge_table(path: Path, rows: Iterable[Row], columns: Sequence[str], key: Se
     write_table(path, merged.values(), columns)
 
 
+def varying(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The settings that differ among the rows, in the order of the columns.
+
+    One that always equals an earlier one is left out: a length that was left open follows another.
+    """
+    found: dict[tuple, str] = {}
+    for name in SETTING_COLUMNS:
+        values = tuple(row[name] for row in rows)
+        if len(set(values)) > 1:
+            found.setdefault(values, name)
+    return tuple(found.values())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all. Infinities are written as the strings "inf" and "-inf"."""
     with replacing(path) as file:
@@ -103,7 +129,9 @@ class replacing:
         self.path = Path(path)
 
     def __enter__(self):
-        self.file = tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False)
+        self.file = tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
+        )
         return self.file
 
     def __exit__(self, kind, error, traceback):

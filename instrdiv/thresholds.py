@@ -150,6 +150,14 @@ def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[f
     return values
 
 
+def onset(metrics: Sequence[Row]) -> int | None:
+    """The step at which a member's exact match on ``unseen_dev`` first passes one half; None where it never does.
+
+    ``metrics`` are the member's rows of metrics.csv, in order: the step is as fine as its reports.
+    """
+    return next((row["step"] for row in metrics if row["unseen_dev_exact_match"] > 0.5), None)
+
+
 def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) -> tuple[float, float, float] | None:
     """Overlay only: (centre, width in log I, top) of ``top / (1 + exp(-(log I - log centre) / width))``.
 

@@ -67,3 +67,7 @@ def test_one_seed_and_no_threshold_can_be_drawn(tmp_path):
 def test_the_share_of_models_above_one_half_stands_above_each_count():
     (top,) = plots.instruction_curve(results()).axes[0].child_axes
     assert [label.get_text() for label in top.get_xticklabels()] == ["0/3", "0/3", "3/3", "3/3"]
+
+
+def test_a_notebook_shows_the_picture():
+    assert plots.instruction_curve(results())._repr_png_().startswith(b"\x89PNG")

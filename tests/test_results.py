@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from instrdiv.results import provenance, read_table, replacing, write_json, write_table
+from instrdiv.results import provenance, read_table, replacing, varying, write_json, write_table
 from instrdiv.settings import BadInput
+from tests.worlds import tiny
 
 
 def test_a_table_is_read_back_as_written(tmp_path):
@@ -34,6 +35,37 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_a_missing_table_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="cannot be read as a table"):
         read_table(tmp_path / "none.csv")
+
+
+def test_text_stays_text_where_asked(tmp_path):
+    write_table(
+        tmp_path / "t.csv", [{"pattern": "nan", "replacement": "", "seed": 7}], ("pattern", "replacement", "seed")
+    )
+    (row,) = read_table(tmp_path / "t.csv", text=("pattern", "replacement"))
+    assert row == {"pattern": "nan", "replacement": "", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("a,b\n1,2\n3\n", "differ in length"),
+        ("a,b\n1,2,3\n", "differ in length"),
+        ("a\n1\n", "lacks the column b"),
+        ("a,b\n", "has no rows"),
+    ],
+)
+def test_a_damaged_table_is_one_line(tmp_path, text, why):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(BadInput, match=rf"t\.csv .*{why}"):
+        read_table(tmp_path / "t.csv", ("a", "b"))
+
+
+def test_settings_that_follow_others_do_not_vary():
+    """A length that is left open follows another one; given, it may vary by itself."""
+    rows = [tiny(input_length=length, width=width).as_row() for length in (5, 6) for width in (16, 32)]
+    assert varying(rows) == ("input_length", "width") and varying(rows[:1]) == ()
+    given = [row | {"input_length_min": 3 + number} for number, row in enumerate(rows)]
+    assert varying(given) == ("input_length", "width", "input_length_min")
 
 
 def test_json_has_no_infinities(tmp_path):

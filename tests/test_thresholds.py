@@ -121,6 +121,12 @@ class TestVerdict:
         assert thresholds.by_value(thresholds.select(rows, "unseen", "has_op")) == {10: [0.0]}
 
 
+def test_onset_is_the_first_report_past_one_half():
+    rows = [{"step": 10 * i, "unseen_dev_exact_match": y} for i, y in enumerate([0.0, 0.5, 0.51, 0.4, 0.9])]
+    assert thresholds.onset(rows) == 20 and thresholds.onset(rows[:2]) is None
+    assert thresholds.onset([{"step": 1, "unseen_dev_exact_match": math.nan}]) is None
+
+
 def test_the_logistic_overlay_finds_a_logistic():
     x = np.geomspace(10, 10_000, 12)
     y = 0.95 / (1 + np.exp(-(np.log(x) - np.log(300)) / 0.4))

@@ -1,0 +1,86 @@
+"""Curves for TensorBoard: the rows of metrics.csv as events, a run of TensorBoard's a member.
+
+Needs the package ``tensorboard`` (``pip install 'instrdiv[tensorboard]'``), not TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from instrdiv.results import Row, varying
+from instrdiv.settings import BadInput, Member
+
+#: The columns of metrics.csv that become curves.
+CURVES = ("loss", "gradient_norm", "train_exact_match", "unseen_dev_exact_match")
+
+
+def available() -> bool:
+    """Whether the package ``tensorboard`` is installed."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+class TensorBoard:
+    """Writes members' curves into a directory that ``tensorboard --logdir`` shows.
+
+    A run that goes on makes a new one and writes all its rows again: the events that an earlier one left in the
+    directory are removed first, so that no point is there twice.
+
+    Args:
+      directory: where the members' sub-directories go; made if need be.
+      members: whose rows will be written.
+
+    Raises:
+      BadInput: where the package is not installed, or the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path | str, members: Sequence[Member]):
+        if not available():
+            raise BadInput("TensorBoard is not installed: pip install 'instrdiv[tensorboard]'")
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._written = 0
+        directory = Path(directory)
+        try:
+            for old in directory.glob("*seed=* m*/events.out.tfevents.*"):
+                old.unlink()
+                if not any(old.parent.iterdir()):
+                    old.parent.rmdir()
+            names = zip(members, member_names(members), strict=True)
+            self._writers = {member.id: EventFileWriter(str(directory / name)) for member, name in names}
+        except OSError as error:
+            raise BadInput(f"{directory} cannot be written for TensorBoard: {error.strerror}") from None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Writes those rows that are new. ``rows`` are all rows of metrics.csv so far."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for row in rows[self._written :]:
+            values = [Summary.Value(tag=name, simple_value=row[name]) for name in CURVES]
+            event = Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values))
+            self._writers[row["member"]].add_event(event)
+        self._written = len(rows)
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Ends the event files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def member_names(members: Sequence[Member]) -> list[str]:
+    """A file name a member: what it varies, its seed and its id, such as ``instructions=256 seed=1 m1f3a90c27``."""
+    rows = [member.setting.as_row() for member in members]
+    fields = varying(rows)
+    names = []
+    for member, row in zip(members, rows, strict=True):
+        text = "".join(f"{name}={row[name]:g} " if isinstance(row[name], float) else f"{name}={row[name]} "
+                       for name in fields)  # fmt: skip
+        # A file name has at most 255 bytes.
+        names.append(re.sub(r"[^\w.=+ -]", "_", f"{text[:200]}seed={member.seed} {member.id}", flags=re.ASCII))
+    return names
