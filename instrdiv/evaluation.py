@@ -96,6 +96,13 @@ def sample_test(shape: TaskShape, data: MemberData, rule: Rules, stream, index) 
     return make_example(shape, data.knobs, rule, jax.random.fold_in(stream_key(TEST_STREAM, stream), index))
 
 
+def piece_size(dev_tests: int, tests: int, data_parallel: int) -> int:
+    """Tests a call of the compiled evaluation: all of ``unseen_dev`` where that is 128 to 1024; a multiple of the
+    data axis."""
+    size = min(1024, max(dev_tests, min(tests, 128)))
+    return -(-size // data_parallel) * data_parallel
+
+
 class Evaluator:
     """Counts exact matches of a trainer's members, slice by slice."""
 

@@ -23,6 +23,8 @@ from absl import app, flags, logging
 from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule
 from instrdiv.interruption import Interrupted
+from instrdiv.probing import forecast
+from instrdiv.report import write_report
 from instrdiv.results import Row
 from instrdiv.run import Run, plan, run
 from instrdiv.settings import BadInput, Member, Setting
@@ -110,12 +112,15 @@ def launch(figure: Figure) -> None:
         what = plan(sweep, options)
         print(f"{figure.name}, preset {FLAGS.preset}\n{what.text}", flush=True)
         if FLAGS.dry_run:
+            print(forecast(sweep, options).text)
             return
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
         schedule = Schedule(FLAGS.checkpoint_minutes, FLAGS.checkpoint_steps)
         result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
         figure.draw(result, run_dir / "figure")
-        _conclude(figure, result, run_dir)
+        claims = _judge(figure, result)
+        report = write_report(run_dir, claims)
+        print(f"report: {report}   picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
 
     start(main)
 
@@ -278,15 +283,19 @@ def _define_switch(name: str, help: str) -> None:
     flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, False, help, boolean=True))
 
 
-def _conclude(figure: Figure, result: Run, run_dir: Path) -> None:
-    if figure.presets[FLAGS.preset].judged:
-        claims = figure.claims(result.results)
-        for claim in claims:
-            print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
-        print(f"verdict: {thresholds.verdict(claims)}")
-    else:
+def _judge(figure: Figure, result: Run) -> list[thresholds.Claim] | None:
+    """Prints what became of the papers' claims, and returns them; None where the run cannot bear them out."""
+    if not figure.presets[FLAGS.preset].judged:
         print(f"verdict: none, the preset {FLAGS.preset} is too small to show anything")
-    print(f"picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
+        return None
+    if setting_flags():
+        print("verdict: none, the claims are about the preset's own settings")
+        return None
+    claims = figure.claims(result.results)
+    for claim in claims:
+        print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
+    print(f"verdict: {thresholds.verdict(claims)}")
+    return claims
 
 
 def _fail(message: str) -> typing.NoReturn:

@@ -72,12 +72,12 @@ class Plan:
             lines += [
                 f"group {g.name}: {g.members} members{idle}, {g.parameters:,} parameters each",
                 f"  {g.steps:,} steps, {g.examples_seen:,} examples a member, {g.tokens} tokens an example",
-                f"  {g.compute_flops:.3g} FLOPs; state {_bytes(g.state_bytes)}; "
-                f"about {_bytes(g.device_bytes)} a device at the peak (estimate)",
+                f"  {g.compute_flops:.3g} FLOPs; state {in_bytes(g.state_bytes)}; "
+                f"about {in_bytes(g.device_bytes)} a device at the peak (estimate)",
             ]
         seconds = sum(g.seconds for g in self.groups)
         lines.append(f"tests: {self.dev_tests:,} unseen_dev at every report; {self.tests:,} unseen and seen at the end")
-        lines.append(f"ETA {_duration(seconds)} of training (rough: assumes {REACHED_FLOPS[jax.default_backend()]:.0e} "
+        lines.append(f"ETA {duration(seconds)} of training (rough: assumes {REACHED_FLOPS[jax.default_backend()]:.0e} "
                      "FLOP/s a device), plus compilation")  # fmt: skip
         return "\n".join(lines)
 
@@ -151,7 +151,8 @@ def _size(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(number: float) -> str:
+def in_bytes(number: float) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -159,7 +160,8 @@ def _bytes(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

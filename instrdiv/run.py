@@ -12,18 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from instrdiv import plots, thresholds
+from instrdiv import plots, tensorboard, thresholds
 from instrdiv.checkpoints import Schedule
-from instrdiv.evaluation import SLICES, Evaluator, held_out_rules, make_test_set
+from instrdiv.evaluation import SLICES, Evaluator, held_out_rules, make_test_set, piece_size
 from instrdiv.interruption import Interrupted, StopRequest
 from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
+from instrdiv.probing import peak_device_bytes, peak_host_bytes
 from instrdiv.progress import Reporter
 from instrdiv.results import Row, read_table
 from instrdiv.rewriting.rules import resemblance
 from instrdiv.saved import Cohort, RunDirectory, SavedRun, number_groups
 from instrdiv.settings import BadInput, Member
 from instrdiv.sweep import Options, Sweep
+from instrdiv.tensorboard import TensorBoard
 from instrdiv.training import StepMetrics, Trainer
 
 
@@ -109,11 +111,16 @@ def run(
             directory.write_provenance(rule_digests=rules)
         examples = sum(len(g.members) * g.config.steps * g.config.batch_size for g, _ in todo)
         reporter = stack.enter_context(Reporter(examples, enabled=progress))
-        stop = stack.enter_context(StopRequest(reporter.note)) if directory else None
+        stop, curves = None, None
+        if directory:
+            stop = stack.enter_context(StopRequest(reporter.note))
+            if tensorboard.available():
+                curves = stack.enter_context(TensorBoard(directory.path / "tensorboard", directory.sweep.members))
+                curves.write([row for row in directory.read_metrics() if row["group"] in done])
         outcome = Run([], [], [])
         schedule = schedule or Schedule()
         for group, layout in todo:
-            with _GroupRun(sweep, group, layout, pools, reporter, directory, schedule, stop) as runner:
+            with _GroupRun(sweep, group, layout, pools, reporter, directory, schedule, stop, curves) as runner:
                 runner.train()
                 runner.test()
             outcome.metrics += runner.metrics
@@ -125,7 +132,12 @@ def run(
             return outcome
         reporter.working("comparing held-out rules with trained ones")
         directory.write_resemblance(resemblance_rows(directory.sweep, pools))
-        directory.write_provenance(rule_digests=rules, wall_seconds=round(time.monotonic() - started, 1))
+        directory.write_provenance(
+            rule_digests=rules,
+            wall_seconds=round(time.monotonic() - started, 1),
+            peak_host_bytes=peak_host_bytes(),
+            peak_device_bytes=peak_device_bytes(),
+        )
         return _read_back(directory, keep_params, outcome.params)
 
 
@@ -152,9 +164,10 @@ class _GroupRun:
     """
 
     def __init__(self, sweep: Sweep, group: Group, layout: Options, pools: RulePools, reporter: Reporter,
-                 directory: RunDirectory | None, schedule: Schedule, stop: StopRequest | None):  # fmt: skip
+                 directory: RunDirectory | None, schedule: Schedule, stop: StopRequest | None,
+                 curves: TensorBoard | None):  # fmt: skip
         self.sweep, self.group, self.pools, self.reporter = sweep, group, pools, reporter
-        self.directory, self.schedule, self.stop = directory, schedule, stop
+        self.directory, self.schedule, self.stop, self.curves = directory, schedule, stop, curves
         self.metrics: list[Row] = []
         self.timings: list[Row] = []
         self.results: list[Row] = []
@@ -173,7 +186,7 @@ class _GroupRun:
                 f"{self.checkpoints.path}: the checkpoint of step {restored[0]} does not fit: {error}; "
                 "use the version that provenance.json names, or --overwrite to start anew"
             ) from None
-        self.evaluator = Evaluator(self.trainer, piece_size(sweep, layout.data_parallel))
+        self.evaluator = Evaluator(self.trainer, piece_size(sweep.dev_tests, sweep.tests, layout.data_parallel))
 
     def __enter__(self) -> _GroupRun:
         return self
@@ -192,6 +205,8 @@ class _GroupRun:
             raise BadInput(f"{self.checkpoints.path}: was trained on other rules than this version of instrdiv makes; "
                            "use the version that provenance.json names, or --overwrite to start anew")  # fmt: skip
         self.metrics, self.timings = record["metrics"], record["timings"]
+        if self.curves:
+            self.curves.write(self.metrics)
         done = checkpoint.step * self.group.config.batch_size * len(self.group.members)
         self.reporter.resume(done)
         self.reporter.note(f"group {self.group.name}: goes on from step {checkpoint.step}")
@@ -216,9 +231,11 @@ class _GroupRun:
             if pending:
                 self._report(*pending)
             pending = running
-            if trainer.step == config.steps or self._is_save_due():
+            save = trainer.step == config.steps or self._is_save_due()
+            if save or self._compiling:  # what ran while the tests were compiled would make the next rate a wonder
                 self._report(*pending)
                 pending = None
+            if save:
                 self._save()
                 self._stop_if_asked()
 
@@ -293,6 +310,8 @@ class _GroupRun:
         )
         if self.directory:
             self.directory.write_progress(group, self.metrics, self.timings)
+        if self.curves:
+            self.curves.write(self.metrics[-len(group.members) :])
         where = f"group {group.name}, step {step} of {config.steps}"
         self.reporter.report(examples, None if compiling else seconds, group.shape.sequence, exact_match, where)
 
@@ -355,13 +374,6 @@ def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
         report = resemblance(pools.of(member), held_out, compared)
         rows.append({"member": member.id, "seed": member.seed, "instructions": member.setting.instructions, **report})
     return rows
-
-
-def piece_size(sweep: Sweep, data_parallel: int) -> int:
-    """Tests a call of the compiled evaluation: all of ``unseen_dev`` where that is 128 to 1024; a multiple of the
-    data axis."""
-    size = min(1024, max(sweep.dev_tests, min(sweep.tests, 128)))
-    return -(-size // data_parallel) * data_parallel
 
 
 def _status(diverged_at) -> str:

@@ -31,6 +31,7 @@ from instrdiv.results import (
     plain,
     provenance,
     read_cells,
+    read_table,
     write_json,
     write_table,
 )
@@ -146,6 +147,11 @@ class SavedRun:
             if {(member.id, str(group.config.steps)) for member in group.members} <= tested
             and reports[group.name] == len(group.members) * group.config.chunks
         }
+
+    def read_metrics(self) -> list[Row]:
+        """The rows of metrics.csv so far."""
+        path = self.path / "metrics.csv"
+        return read_table(path) if path.exists() else []
 
     def is_finished(self) -> bool:
         """Every group is done, and what is written last is there for every member."""

@@ -42,7 +42,6 @@ class TensorBoard:
             raise BadInput("TensorBoard is not installed: pip install 'instrdiv[tensorboard]'")
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._written = 0
         directory = Path(directory)
         try:
             for old in directory.glob("*seed=* m*/events.out.tfevents.*"):
@@ -55,19 +54,21 @@ class TensorBoard:
             raise BadInput(f"{directory} cannot be written for TensorBoard: {error.strerror}") from None
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Writes those rows that are new. ``rows`` are all rows of metrics.csv so far."""
+        """Adds rows of metrics.csv."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for row in rows[self._written :]:
+        for row in rows:
             values = [Summary.Value(tag=name, simple_value=row[name]) for name in CURVES]
             event = Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values))
             self._writers[row["member"]].add_event(event)
-        self._written = len(rows)
         for writer in self._writers.values():
             writer.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *exception) -> None:
         """Ends the event files."""
         for writer in self._writers.values():
             writer.close()

@@ -165,6 +165,19 @@ def train_chunk(
     return state, jax.tree.map(jnp.nanmean, metrics)
 
 
+def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
+    """``train_chunk`` for the members of a group, jitted: (tables, data, state, first step, indices [K, B])."""
+    data_parallel, member = mesh.shape["data"], P("member")
+    return over_members(
+        "train_chunk",
+        lambda *args: train_chunk(group, data_parallel, *args),
+        mesh,
+        members_per_vmap,
+        in_specs=[P(), member, member, P(), P(None, "data")],
+        donate=(2,),
+    )
+
+
 class Trainer:
     """The state of a group on its mesh, advanced chunk by chunk.
 
@@ -194,20 +207,15 @@ class Trainer:
         self.tables = put(tables, mesh, P())
         self.data = put(data, mesh, P("member"))
 
-        data_parallel = mesh.shape["data"]
-        member, batch = P("member"), P(None, "data")
+        self.train_chunk = chunk_program(group, mesh, members_per_vmap)
+        self.state: MemberState = self._initial() if arrays is None else self._restore(arrays)
+
+    def _initial(self) -> MemberState:
+        group, mesh = self.group, self.mesh
         initialise = over_members(
-            "init_members", lambda data: init_member(group, data), mesh, members_per_vmap, in_specs=[member]
+            "init_members", lambda data: init_member(group, data), mesh, self.members_per_vmap, in_specs=[P("member")]
         )
-        self.train_chunk = over_members(
-            "train_chunk",
-            lambda *args: train_chunk(group, data_parallel, *args),
-            mesh,
-            members_per_vmap,
-            in_specs=[P(), member, member, P(), batch],
-            donate=(2,),
-        )
-        self.state: MemberState = initialise(self.data) if arrays is None else self._restore(arrays)
+        return initialise(self.data)
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
         """The state from named arrays [M, ...], M at least the group's members; idle ones repeat the first again."""

@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
 def test_the_directory_has_the_files_of_the_contract(finished):
     names = {path.name for path in finished[1].iterdir()}
     tables = {f"{name}.csv" for name in ("metrics", "results", "timings", "resemblance", "errors", "samples")}
-    assert names == tables | {"config.json", "provenance.json", "checkpoints", ".lock"}
+    assert names == tables | {"config.json", "provenance.json", "checkpoints", "tensorboard", ".lock"}
 
 
 def test_results_have_a_row_a_member_a_slice(finished):

@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from instrdiv import tensorboard
-from instrdiv.run import Sweep
 from instrdiv.settings import BadInput, Member
+from instrdiv.sweep import Sweep
 from instrdiv.tensorboard import CURVES, TensorBoard, member_names
 from tests.worlds import TINY, tiny
 
@@ -43,36 +43,32 @@ def expected(rows):
     return {(row["member"], name, row["step"]): [float(np.float32(row[name]))] for row in rows for name in CURVES}
 
 
+def write(directory, *parts, members=MEMBERS):
+    with TensorBoard(directory, members) as board:
+        for rows in parts:
+            board.write(rows)
+
+
 def test_events_are_the_rows(tmp_path):
-    board = TensorBoard(tmp_path, MEMBERS)
-    board.write(metrics([8, 16]))
-    board.close()
+    write(tmp_path, metrics([8, 16]))
     assert read(tmp_path) == expected(metrics([8, 16]))
 
 
-def test_rows_that_were_written_are_not_written_again_and_each_report_can_be_read_at_once(tmp_path):
-    board = TensorBoard(tmp_path, MEMBERS)
-    for last in (1, 2, 3):
-        rows = metrics(range(1, last + 1))
-        board.write(rows)
-        board.write(rows)
-        assert read(tmp_path) == expected(rows)
-    board.close()
+def test_each_report_can_be_read_at_once(tmp_path):
+    with TensorBoard(tmp_path, MEMBERS) as board:
+        for step in (1, 2, 3):
+            board.write(metrics([step]))
+            assert read(tmp_path) == expected(metrics(range(1, step + 1)))
 
 
 def test_a_run_that_goes_on_starts_the_directory_anew(tmp_path):
     """The interrupted run came to step 3; it goes on from a checkpoint at step 2, and another sweep's curves go."""
     other = [Member(tiny(width=32), 7)]
     for members in (other, MEMBERS):
-        board = TensorBoard(tmp_path, members)
-        board.write(metrics([1, 2, 3], members))
-        board.close()
+        write(tmp_path, metrics([1, 2, 3], members), members=members)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "events.out.tfevents.1").write_text("of somebody else")
-    board = TensorBoard(tmp_path, MEMBERS)
-    board.write(metrics([1, 2]))
-    board.write(metrics([1, 2, 4]))
-    board.close()
+    write(tmp_path, metrics([1, 2]), metrics([4]))
     assert read(tmp_path) == expected(metrics([1, 2, 4]))
     assert len(list(tmp_path.iterdir())) == len(MEMBERS) + 1 and len(list((tmp_path / "notes").iterdir())) == 1
 
@@ -80,9 +76,7 @@ def test_a_run_that_goes_on_starts_the_directory_anew(tmp_path):
 def test_a_diverged_member_has_no_number(tmp_path):
     rows = metrics([1, 2])
     rows[-1] |= {"loss": math.nan}
-    board = TensorBoard(tmp_path, MEMBERS)
-    board.write(rows)
-    board.close()
+    write(tmp_path, rows)
     found = read(tmp_path)
     assert math.isnan(found[MEMBERS[-1].id, "loss", 2][0]) and not math.isnan(found[MEMBERS[-1].id, "loss", 1][0])
 
