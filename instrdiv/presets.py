@@ -79,7 +79,7 @@ PAPER = Setting(
     learning_rate=1e-3,
     weight_decay=0.0,
     warmup_steps=1_000,
-    reports=100,
+    reports=500,
 )
 
 GPU = dataclasses.replace(

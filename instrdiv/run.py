@@ -20,7 +20,7 @@ from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
 from instrdiv.probing import peak_device_bytes, peak_host_bytes
 from instrdiv.progress import Reporter
-from instrdiv.results import Row, read_table
+from instrdiv.results import Row, read_table, varying
 from instrdiv.rewriting.rules import resemblance
 from instrdiv.saved import Cohort, RunDirectory, SavedRun, number_groups
 from instrdiv.settings import BadInput, Member
@@ -44,12 +44,20 @@ class Run:
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def threshold(self, x: str = "instructions") -> thresholds.Threshold:
-        """I50 on unseen has-op examples."""
+        """I50 on unseen has-op examples. Raises BadInput where members differ in more than ``x`` and seed."""
+        self._check_varies_only(x)
         return thresholds.threshold(thresholds.select(self.results, "unseen", "has_op"), x)
 
     def plot(self, path_stem: Path | str | None = None, **options: Any):
-        """The picture of figure 2a; see ``plots.instruction_curve``."""
+        """The picture of figure 2a; see ``plots.instruction_curve``. Raises BadInput as ``threshold`` does."""
+        self._check_varies_only("instructions")
         return plots.instruction_curve(self.results, None if path_stem is None else Path(path_stem), **options)
+
+    def _check_varies_only(self, x: str) -> None:
+        others = [name for name in varying(self.results) if name != x]
+        if others:
+            raise BadInput(f"the members differ in {', '.join(others)}, not in {x} alone: a curve over all of them "
+                           "would mix them; take the rows of one value at a time (thresholds.threshold)")  # fmt: skip
 
 
 def plan(sweep: Sweep, options: Options | None = None) -> Plan:
