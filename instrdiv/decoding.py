@@ -79,6 +79,7 @@ class Answers:
     """Answered tests [M, B], as numpy arrays.
 
     Attributes:
+      rules: the rule of each test.
       text, length: the input, uint8 letters [M, B, I], and its length, int32.
       right, decoded: the right answer and the member's, uint8 tokens [M, B, A + 1]: letters, end, padding.
       occurrences: int32, how often the pattern occurs in the input.
@@ -87,6 +88,7 @@ class Answers:
       index: int32, number of the test; -1 where a member has fewer tests than others.
     """
 
+    rules: Rules
     text: Any
     length: Any
     right: Any
@@ -115,6 +117,7 @@ class GroupDecoder:
                 prompt, other = jnp.split(asked.tokens, [shape.prompt])
                 prompt = jnp.where(blanked, blank_rule(prompt), prompt)
                 known = Answers(
+                    rules=rule,
                     text=text.astype(jnp.uint8),
                     length=length,
                     right=right.astype(jnp.uint8),

@@ -31,12 +31,12 @@ def classify(
       right_NxA, decoded_NxA: tokens: letters, end token, padding; what lies past the end is ignored. A >= T.
     """
     text_NxT = text_NxT.astype(np.int16) + FIRST_LETTER
-    pattern_length_N, replacement_length_N = rules.pattern_lengths, rules.replacement_lengths
+    pattern_length_N, replacement_length_N = map(np.asarray, (rules.pattern_lengths, rules.replacement_lengths))
     right_length_N, decoded_length_N = (_letters_before_end(tokens) for tokens in (right_NxA, decoded_NxA))
     beyond_NxA = np.arange(right_NxA.shape[1]) > right_length_N[:, None]
     right_N = ((right_NxA == decoded_NxA) | beyond_NxA).all(1)
 
-    found_NxT = _occurrences(rules.patterns, pattern_length_N, text_NxT, length_N)
+    found_NxT = _occurrences(np.asarray(rules.patterns), pattern_length_N, text_NxT, length_N)
     has_op_N, start_N = found_NxT.any(1), found_NxT.argmax(1)
     # How many letters at the beginning, and at the end, are those of the input.
     place_T = np.arange(text_NxT.shape[1])
@@ -46,7 +46,9 @@ def classify(
     last_N = _true_from_the_left(same_NxT & (from_end >= 0) & (decoded_from_end >= 0))
 
     # The input rewritten at a place s: s letters of it, the replacement, and what follows the pattern's length.
-    rewritten_NxT = _occurrences(rules.replacements, replacement_length_N, decoded_NxA, decoded_length_N)[:, place_T]
+    rewritten_NxT = _occurrences(np.asarray(rules.replacements), replacement_length_N, decoded_NxA, decoded_length_N)[
+        :, place_T
+    ]
     after_NxT = (length_N - pattern_length_N)[:, None] - place_T
     rewritten_NxT &= (place_T <= first_N[:, None]) & (after_NxT >= 0) & (after_NxT <= last_N[:, None])
     rewritten_N = rewritten_NxT.any(1) & (decoded_length_N == length_N - pattern_length_N + replacement_length_N)

@@ -1,5 +1,7 @@
 """Greedy decoding with a cache against teacher forcing, and against a decoder that recomputes everything."""
 
+import copy
+import dataclasses
 import functools
 
 import jax
@@ -9,29 +11,31 @@ import pytest
 
 from instrdiv.decoding import GroupDecoder, Prompts, blank_rule, decode_greedily
 from instrdiv.evaluation import SPLITS, make_test_set, sample_test, stream_of_split
-from instrdiv.population import TEST_STREAM, RulePools, stack_knobs, stream_key
+from instrdiv.population import TEST_STREAM, RulePools, make_groups, make_mesh, padded_size, stack_knobs, stream_key
 from instrdiv.rewriting.alphabet import END, PAD, Alphabet
 from instrdiv.rewriting.examples import Rules
 from instrdiv.training import exact_matches, make_decoder, predict
 from tests.worlds import members, trainer
 
-WORLD = {"alphabet_size": 4, "input_length": 4, "held_out": "rule", "held_out_share": 0.4, "examples": 256, "layers": 2, "width": 32,
-         "learning_rate": 1e-2, "batch_size": 32, "reports": 1, "epochs": 20.0}  # fmt: skip
+WORLD = {"alphabet_size": 4, "input_length": 4, "held_out": "rule", "held_out_share": 0.4, "examples": 256,
+         "layers": 2, "width": 32, "learning_rate": 1e-2, "batch_size": 16, "reports": 1, "epochs": 20.0}  # fmt: skip
 RAGGED = {"pattern_length_min": 1, "replacement_length": 3, "replacement_length_min": 0, "input_length_min": 3}
 NO_OPS = {"no_op_fraction": 0.3, "near_miss_fraction": 0.5}
 GPT2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": True, "tied_head": True,
         "init": "gpt2"}  # fmt: skip
 ROTARY = {"positions": "rotary", "norm": "rmsnorm"}
 NONE = {"positions": "none"}
-VARIANTS = {"gpt2": GPT2, "gpt2, ragged": GPT2 | RAGGED, "rotary": ROTARY,
-            "rotary, ragged, no-ops": ROTARY | RAGGED | NO_OPS, "none, no-ops": NONE | NO_OPS}  # fmt: skip
+VARIANTS = {
+    "gpt2, ragged": GPT2 | RAGGED,
+    "rotary, ragged, no-ops": ROTARY | RAGGED | NO_OPS,
+    "none, no-ops": NONE | NO_OPS,
+}
 
 
 @functools.cache
-def trained(name, precision="float32"):
+def trained(name):
     """Two members of a variant, trained a little, so that some answers are right."""
-    population = members(2, **WORLD | VARIANTS[name], precision=precision)
-    run = trainer(population)
+    run = trainer(members(2, **WORLD | VARIANTS[name]))
     run.advance()
     return run
 
@@ -43,10 +47,17 @@ def prompts_of(population, split, count=32, **changes):
     return Prompts(stack_knobs([m.setting for m in population]), keys, **({"rules": tables, "shown": tables} | changes))
 
 
-def answers_of(run, prompts, decoder=None, piece=32):
-    decoder = decoder or GroupDecoder(run.group, run.group.shape, run.mesh, run.members_per_vmap, piece)
-    pieces = list(decoder.answers(run.state.params, prompts))
+@functools.cache
+def group_decoder(group):
+    """One compiled program a group for all tests of this file."""
+    return GroupDecoder(group, group.shape, make_mesh(1), members_per_vmap=1, piece=16)
+
+
+def answers_of(run, prompts, decoder=None, params=None):
+    decoder = decoder or group_decoder(run.group)
+    pieces = list(decoder.answers(params or run.state.params, prompts))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *pieces)
+    assert (joined.index[:, len(prompts) :] == -1).all()
     return jax.tree.map(lambda leaf: leaf[:, : len(prompts)], joined)
 
 
@@ -90,11 +101,10 @@ def by_row(run):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_exactness_is_that_of_teacher_forcing_and_tokens_are_those_without_a_cache(variant):
     run = trained(variant)
-    one = GroupDecoder(run.group, run.group.shape, run.mesh, 1, piece=16)
     decoder, right, wrong, ended = make_decoder(run.group), 0, 0, 0
     for split in SPLITS:
         prompts = prompts_of(run.group.members, split)
-        answers = answers_of(run, prompts, one)
+        answers = answers_of(run, prompts)
         for row, (data, params) in enumerate(by_row(run)):
             rules, stream = Rules.from_table(prompts.rules[row]), stream_of_split(split, 0)
             batch, forced = teacher_forcing(run.group)(data, params, rules, stream)
@@ -110,16 +120,18 @@ def test_greedy_exactness_is_that_of_teacher_forcing_and_tokens_are_those_withou
 
 def test_in_bfloat16_answers_differ_only_where_two_tokens_are_nearly_as_likely():
     """The cache changes the shapes of sums, so bfloat16 may round differently: a difference needs a near tie."""
-    run = trained("rotary", "bfloat16")
+    run = trained("none, no-ops")
+    run = copy.copy(run)
+    run.group = dataclasses.replace(run.group, config=dataclasses.replace(run.group.config, precision="bfloat16"))
     prompts = prompts_of(run.group.members, "seen", count=200)
-    answers, decoder = answers_of(run, prompts, piece=200), make_decoder(run.group)
+    answers, decoder = answers_of(run, prompts), make_decoder(run.group)
     for row, (data, params) in enumerate(by_row(run)):
         batch, _ = teacher_forcing(run.group)(data, params, Rules.from_table(prompts.rules[row]), 0)
         decoded = answers.decoded[row].astype(np.int32)
         prompt = np.asarray(batch.tokens[:, : decoder.prompt])
         without_cache = naively(decoder, params, prompt, batch.padding)
         differ = np.flatnonzero((decoded != without_cache).any(1))
-        assert len(differ) < 10
+        assert len(differ) <= 20, "a tenth, of a model that is little trained"
         tokens = np.concatenate([prompt, without_cache[:, :-1]], 1)
         logits = np.asarray(logits_of(decoder, params, tokens, batch.padding))[:, decoder.prompt - 1 :]
         for i in differ:
@@ -127,12 +139,15 @@ def test_in_bfloat16_answers_differ_only_where_two_tokens_are_nearly_as_likely()
             assert best[0] - best[1] < 0.05 * np.abs(best).max()
 
 
-def test_an_answer_without_an_end_has_none_and_after_an_end_there_is_padding():
-    """Prompts of noise, so that the end comes anywhere or never."""
-    run = trained("rotary")
-    decoder, (_, params) = make_decoder(run.group), by_row(run)[0]
+@pytest.mark.parametrize("variant", [GPT2, ROTARY], ids=["gpt2", "rotary"])
+def test_an_answer_without_an_end_has_none_and_after_an_end_there_is_padding(variant):
+    """Random weights and prompts, so that the end comes anywhere or never; and a prompt's place in a batch is free."""
+    (group,) = make_groups(members(1, **WORLD | variant))
+    decoder = make_decoder(group)
     prompt = jax.random.randint(jax.random.key(0), (300, decoder.prompt), 0, decoder.vocabulary_size)
     padding = jnp.zeros(300, jnp.int32)
+    params = decoder.init(jax.random.key(1), jnp.zeros((1, decoder.sequence), jnp.int32), padding[:1])
+    params = jax.tree.map(lambda leaf: leaf * 5, params)
     decoded = np.asarray(jax.jit(lambda p: decode_greedily(decoder, params, p, padding))(prompt))
     np.testing.assert_array_equal(decoded, naively(decoder, params, prompt, padding))
     texts = [Alphabet(4).decode_tokens(row) for row in decoded]
@@ -140,24 +155,21 @@ def test_an_answer_without_an_end_has_none_and_after_an_end_there_is_padding():
     assert len({text.find("$") for text in texts}) > 2 and any("$" not in text for text in texts)
 
 
-@pytest.mark.parametrize("devices, data_parallel, members_per_vmap", [(4, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("devices, data_parallel, members_per_vmap", [(4, 2, 1), (1, 1, 3)])
 def test_the_layout_changes_nothing(devices, data_parallel, members_per_vmap):
-    run = trained("rotary")
-    many = trainer(run.group.members, devices, data_parallel, members_per_vmap)
-    rows = [0, 1, *[0] * (many.size - 2)]
-    params = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], run.state.params)
+    run = trained("none, no-ops")
+    mesh = make_mesh(devices, data_parallel)
+    size = padded_size(2, mesh, members_per_vmap)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf)[[0, 1, *[0] * (size - 2)]], run.state.params)
     prompts = prompts_of(run.group.members, "unseen")
-    apart = answers_of(run, prompts)
-    decoder = GroupDecoder(run.group, run.group.shape, many.mesh, members_per_vmap, piece=20)
-    pieces = list(decoder.answers(params, prompts))
-    together = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :32], *pieces)
+    decoder = GroupDecoder(run.group, run.group.shape, mesh, members_per_vmap, piece=20)
+    apart, together = answers_of(run, prompts), answers_of(run, prompts, decoder, params)
     for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.concatenate([piece.index for piece in pieces], axis=1)[:, 32:].tolist() == [[-1] * 8] * 2
 
 
 def test_members_may_have_different_numbers_of_tests():
-    run = trained("rotary")
+    run = trained("none, no-ops")
     prompts = prompts_of(run.group.members, "unseen")
     fewer = [prompts.rules[0], prompts.rules[1][:5]]
     everything, some = (answers_of(run, p) for p in (prompts, Prompts(prompts.knobs, prompts.keys, fewer, fewer)))
@@ -194,7 +206,7 @@ class TestWhatThePromptShows:
         assert blank_rule(tokens).tolist() == [0, 0, 0, 0, 1, 0, 1, 7, 8, 9, 1]
 
     def test_blanked_prompts_are_decoded_as_such(self):
-        run = trained("rotary")
+        run = trained("none, no-ops")
         prompts = prompts_of(run.group.members, "unseen")
         blanked = answers_of(run, prompts_of(run.group.members, "unseen", blanked=True))
         decoder, (data, params) = make_decoder(run.group), by_row(run)[0]
