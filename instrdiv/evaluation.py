@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.population import TEST_STREAM, MemberData, RulePools, build_rules, over_members, put, stream_key
+from instrdiv.population import TEST_STREAM, Group, MemberData, RulePools, build_rules, over_members, put, stream_key
+from instrdiv.results import Row
 from instrdiv.rewriting.examples import Example, Rules, TaskShape, make_example
 from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, seen_in
 from instrdiv.settings import Member
+from instrdiv.thresholds import exact_interval
 from instrdiv.training import Trainer, exact_matches, make_decoder, predict
 
 #: Splits: trained rules with fresh inputs; held-out rules for curves and tuning; held-out rules for the end.
@@ -101,6 +103,42 @@ def piece_size(dev_tests: int, tests: int, data_parallel: int) -> int:
     data axis."""
     size = min(1024, max(dev_tests, min(tests, 128)))
     return -(-size // data_parallel) * data_parallel
+
+
+def identity(figure: str, group: Group, member: Member, step: int) -> Row:
+    """The cells that every row about a member begins with."""
+    return {
+        "figure": figure,
+        "group": group.name,
+        "member": member.id,
+        "seed": member.seed,
+        "step": step,
+        "examples_seen": step * group.config.batch_size,
+    }
+
+
+def result_row(who: Row, member: Member, split: str, slice: str, right: int, tests: int, status: str) -> Row:
+    """A row of results.csv; ``who`` is the member's ``identity``."""
+    low, high = exact_interval(right, tests)
+    setting = member.setting
+    return (
+        who
+        | setting.as_row()
+        | {
+            "split": split,
+            "slice": slice,
+            "exact_match": right / tests,
+            "tests": tests,
+            "status": status,
+            "examples_per_rule": setting.examples / setting.instructions,
+            "exact_match_low": round(low, 6),
+            "exact_match_high": round(high, 6),
+        }
+    )
+
+
+def status_of(diverged_at: int) -> str:
+    return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
 
 
 class Evaluator:

@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.rewriting.examples import Example, Knobs, Rules, TaskShape, make_example
 from instrdiv.rewriting.rules import FamilyTooSmall, RuleSource, RuleTable, rule_counts
-from instrdiv.settings import BadInput, Member, StaticFields
+from instrdiv.settings import BadInput, Member, Setting, StaticFields
 
 #: Uses of randomness that must not share keys; folded into a key with the seed.
-EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM = range(4)
+EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM = range(5)
 
 
 @struct.dataclass
@@ -148,13 +148,38 @@ def make_groups(members: Sequence[Member], first: int = 0) -> list[Group]:
         by_config.setdefault(member.setting.static, []).append(member)
     groups = []
     for number, (config, group) in enumerate(by_config.items(), first):
-        shapes = [member.setting.task_shape for member in group]
-        answer = max(shape.answer for shape in shapes)
-        planted = max(shape.planted for shape in shapes)
-        ragged = any(shape.ragged for shape in shapes)
-        shape = dataclasses.replace(shapes[0], answer=answer, planted=planted, ragged=ragged)
+        shape = common_shape([member.setting.task_shape for member in group])
         groups.append(Group(f"g{number}", config, shape, tuple(group)))
     return groups
+
+
+def common_shape(shapes: Sequence[TaskShape]) -> TaskShape:
+    """The smallest shape in which tasks of all these shapes (and one alphabet) fit."""
+    largest = {
+        name: max(getattr(shape, name) for shape in shapes)
+        for name in ("pattern", "replacement", "input", "answer", "planted")
+    }
+    prompts = {(shape.pattern, shape.replacement, shape.input) for shape in shapes}
+    ragged = len(prompts) > 1 or any(shape.ragged for shape in shapes)
+    return TaskShape(shapes[0].alphabet_size, **largest, ragged=ragged)
+
+
+def stack_knobs(settings: Sequence[Setting]) -> Knobs:
+    """What decides the sampling of each setting's examples, numpy, stacked along M."""
+    choices = max(len(setting.occurrences) for setting in settings)
+
+    def knobs(s: Setting) -> Knobs:
+        values: dict[str, Any] = {
+            "no_op_fraction": np.float32(s.no_op_fraction),
+            "near_miss_fraction": np.float32(s.near_miss_fraction),
+            "occurrences": _pad_to(np.array(s.occurrences, np.int32), choices),
+            "choices": np.int32(len(s.occurrences)),
+            "input_length_min": np.int32(s.shortest_input),
+            "input_length_max": np.int32(s.input_length),
+        }
+        return Knobs(**values)
+
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(knobs, settings))
 
 
 def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, MemberData]:
@@ -171,22 +196,12 @@ def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, Memb
             tables.append(Rules.from_table(pools.whole(member)[:longest]))
     stacked = jax.tree.map(lambda *parts: np.stack([_pad_to(part, longest) for part in parts]), *tables)
 
-    choices = max(len(member.setting.occurrences) for member in members)
-
-    def data(member: Member) -> MemberData:
+    def data(member: Member) -> dict[str, Any]:
         s = member.setting
         counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
         cumulative = np.full(longest, s.examples, np.int32)
         cumulative[: s.instructions] = np.cumsum(counts)
-        knobs: dict[str, Any] = {
-            "no_op_fraction": np.float32(s.no_op_fraction),
-            "near_miss_fraction": np.float32(s.near_miss_fraction),
-            "occurrences": _pad_to(np.array(s.occurrences, np.int32), choices),
-            "choices": np.int32(len(s.occurrences)),
-            "input_length_min": np.int32(s.shortest_input),
-            "input_length_max": np.int32(s.input_length),
-        }
-        values: dict[str, Any] = {
+        return {
             "seed": np.uint32(member.seed),
             "pool": np.int32(rows[member.seed, s.rule_source]),
             "cumulative_counts": cumulative,
@@ -194,9 +209,10 @@ def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, Memb
             "adam_learning_rate": np.float32(s.adam_learning_rate),
             "weight_decay": np.float32(s.weight_decay),
         }
-        return MemberData(knobs=Knobs(**knobs), **values)
 
-    return Tables(pools=stacked), jax.tree.map(lambda *leaves: np.stack(leaves), *map(data, members))
+    values = jax.tree.map(lambda *leaves: np.stack(leaves), *map(data, members))
+    knobs = stack_knobs([member.setting for member in members])
+    return Tables(pools=stacked), MemberData(knobs=knobs, **values)
 
 
 def make_mesh(devices: int, data_parallel: int = 1) -> Mesh:

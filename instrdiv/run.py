@@ -14,7 +14,16 @@ import numpy as np
 
 from instrdiv import plots, tensorboard, thresholds
 from instrdiv.checkpoints import Schedule
-from instrdiv.evaluation import SLICES, Evaluator, held_out_rules, make_test_set, piece_size
+from instrdiv.evaluation import (
+    SLICES,
+    Evaluator,
+    held_out_rules,
+    identity,
+    make_test_set,
+    piece_size,
+    result_row,
+    status_of,
+)
 from instrdiv.interruption import Interrupted, StopRequest
 from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
@@ -23,7 +32,7 @@ from instrdiv.progress import Reporter
 from instrdiv.results import Row, read_table, varying
 from instrdiv.rewriting.rules import resemblance
 from instrdiv.saved import Cohort, RunDirectory, SavedRun, number_groups
-from instrdiv.settings import BadInput, Member
+from instrdiv.settings import BadInput
 from instrdiv.sweep import Options, Sweep
 from instrdiv.tensorboard import TensorBoard
 from instrdiv.training import StepMetrics, Trainer
@@ -288,20 +297,20 @@ class _GroupRun:
             right, tests = (int(count) for count in counts[row, column])
             exact_match.append(right / tests if tests else float("nan"))
             self.metrics.append(
-                self._identity(member, step)
+                identity(self.sweep.figure, self.group, member, step)
                 | {
                     "loss": _shortest(metrics.loss[row]),
                     "gradient_norm": _shortest(metrics.gradient_norm[row]),
                     "train_exact_match": _shortest(metrics.exact_match[row]),
                     "unseen_dev_exact_match": exact_match[-1],
                     "unseen_dev_tests": tests,
-                    "status": _status(diverged[row]),
+                    "status": status_of(diverged[row]),
                 }
             )
             if diverged[row] >= 0 and member.id not in self._frozen:
                 self._frozen.add(member.id)
                 self.reporter.note(f"member {member.id} (I = {member.setting.instructions}, seed {member.seed}) "
-                                   f"{_status(diverged[row])}: it is frozen, the others go on")  # fmt: skip
+                                   f"{status_of(diverged[row])}: it is frozen, the others go on")  # fmt: skip
         examples = len(group.members) * config.chunk_steps * config.batch_size
         rate = float("nan") if compiling else examples / seconds
         self.timings.append(
@@ -331,41 +340,15 @@ class _GroupRun:
             self.reporter.working(f"group {self.group.name}: testing {split}")
             counts = np.asarray(self.evaluator.count(self._test_pieces(split)))
             for row, member in enumerate(self.group.members):
+                who = identity(self.sweep.figure, self.group, member, self.trainer.step)
                 for column, slice in enumerate(SLICES):
                     right, tests = (int(count) for count in counts[row, column])
                     if tests:
-                        self.results.append(self._result(member, split, slice, right, tests, diverged[row]))
+                        status = status_of(diverged[row])
+                        self.results.append(result_row(who, member, split, slice, right, tests, status))
         if self.directory:
             self.directory.write_progress(self.group, self.metrics, self.timings)
             self.directory.write_results(self.results)
-
-    def _result(self, member: Member, split: str, slice: str, right: int, tests: int, diverged) -> Row:
-        low, high = thresholds.exact_interval(right, tests)
-        setting = member.setting
-        return (
-            self._identity(member, self.trainer.step)
-            | setting.as_row()
-            | {
-                "split": split,
-                "slice": slice,
-                "exact_match": right / tests,
-                "tests": tests,
-                "status": _status(diverged),
-                "examples_per_rule": setting.examples / setting.instructions,
-                "exact_match_low": round(low, 6),
-                "exact_match_high": round(high, 6),
-            }
-        )
-
-    def _identity(self, member: Member, step: int) -> Row:
-        return {
-            "figure": self.sweep.figure,
-            "group": self.group.name,
-            "member": member.id,
-            "seed": member.seed,
-            "step": step,
-            "examples_seen": step * self.group.config.batch_size,
-        }
 
     def member_params(self) -> dict[str, Any]:
         """Trained parameters by member id, as numpy trees."""
@@ -382,10 +365,6 @@ def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
         report = resemblance(pools.of(member), held_out, compared)
         rows.append({"member": member.id, "seed": member.seed, "instructions": member.setting.instructions, **report})
     return rows
-
-
-def _status(diverged_at) -> str:
-    return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
 
 
 def _shortest(value: Any) -> float:

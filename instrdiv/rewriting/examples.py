@@ -122,7 +122,11 @@ def make_example(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) ->
       rule: one rule (no leading axis).
       key: a typed PRNG key; same key, same example, on every machine and under any batching.
     """
-    text, length, near_miss = _make_input(shape, knobs, rule, key)
+    return spell(shape, rule, *make_input(shape, knobs, rule, key))
+
+
+def spell(shape: TaskShape, rule: Rules, text: jax.Array, length: jax.Array, near_miss: jax.Array) -> Example:
+    """The example of a rule and an input (see ``make_input``): prompt, answer, and what is known of them."""
     answer, answer_length, found = rewrite_letters(
         rule.patterns,
         rule.pattern_lengths,
@@ -145,8 +149,8 @@ def make_example(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) ->
     )
 
 
-def _make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The input's letters int32 [input], its length, and whether it is a near miss."""
+def make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The letters of a rule's input int32 [input], its length, and whether it is a near miss."""
     pattern = rule.patterns.astype(jnp.int32)
     pattern_length = rule.pattern_lengths
     choice_key, draw_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)

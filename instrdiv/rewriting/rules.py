@@ -191,7 +191,7 @@ class RuleSource:
                 return None
             i, j = np.indices((len(patterns), len(replacements))).reshape(2, -1)
             pairs = RuleTable(patterns[i], replacements[j])
-            return int((self._pair_side(pairs, held_out) & ~_same(pairs)).sum())
+            return int((self._pair_side(pairs, held_out) & ~same_strings(pairs)).sum())
         width = max(patterns.shape[1], replacements.shape[1])
         same = len({p.tobytes() for p in _widen(patterns, width)} & {r.tobytes() for r in _widen(replacements, width)})
         return len(patterns) * len(replacements) - same
@@ -239,7 +239,7 @@ class RuleSource:
         stale = 0
         while stale < _GIVE_UP_AFTER:
             rules = RuleTable(next(patterns), next(replacements))
-            blocks.append(rules[self._pair_side(rules, held_out) & ~_same(rules)])
+            blocks.append(rules[self._pair_side(rules, held_out) & ~same_strings(rules)])
             if sum(map(len, blocks)) >= size:
                 before = len(blocks[0])
                 blocks = [_distinct(blocks)]
@@ -344,7 +344,8 @@ def _widen(strings: np.ndarray, width: int) -> np.ndarray:
     return np.pad(strings, ((0, 0), (0, extra)), constant_values=_NO_LETTER)
 
 
-def _same(rules: RuleTable) -> np.ndarray:
+def same_strings(rules: RuleTable) -> np.ndarray:
+    """bool [N]: pattern and replacement are the same string."""
     width = max(rules.patterns.shape[1], rules.replacements.shape[1])
     return (_widen(rules.patterns, width) == _widen(rules.replacements, width)).all(1)
 
