@@ -33,6 +33,7 @@ from instrdiv.results import Row, read_table, varying
 from instrdiv.rewriting.rules import resemblance
 from instrdiv.saved import Cohort, RunDirectory, SavedRun, number_groups
 from instrdiv.settings import BadInput
+from instrdiv.suites import decode_split
 from instrdiv.sweep import Options, Sweep
 from instrdiv.tensorboard import TensorBoard
 from instrdiv.training import StepMetrics, Trainer
@@ -347,8 +348,10 @@ class _GroupRun:
                         status = status_of(diverged[row])
                         self.results.append(result_row(who, member, split, slice, right, tests, status))
         if self.directory:
+            self.reporter.working(f"group {self.group.name}: decoding unseen")
+            errors, samples = decode_split(self.sweep, self.trainer, self.pools, "unseen", self.evaluator.piece)
             self.directory.write_progress(self.group, self.metrics, self.timings)
-            self.directory.write_results(self.results)
+            self.directory.write_results(self.results, errors, samples)
 
     def member_params(self) -> dict[str, Any]:
         """Trained parameters by member id, as numpy trees."""

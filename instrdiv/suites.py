@@ -40,7 +40,7 @@ from instrdiv.rewriting.families import FAMILIES
 from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, same_strings, seen_in
 from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput, Member, Setting, alphabet_of
-from instrdiv.sweep import Options
+from instrdiv.sweep import Options, Sweep
 from instrdiv.training import Trainer
 
 _ENUMERATE_BELOW = 1 << 16  # up to so many pairs of trained strings are all tried
@@ -378,14 +378,7 @@ class _GroupTester:
 
 
 def decode_split(
-    figure: str,
-    trainer: Trainer,
-    pools: RulePools,
-    dev_tests: int,
-    tests: int,
-    piece: int,
-    split: str = "unseen",
-    samples: int = 8,
+    sweep: Sweep, trainer: Trainer, pools: RulePools, split: str, piece: int, samples: int = 8
 ) -> tuple[list[Row], list[Row]]:
     """Rows of errors.csv and samples.csv for the has-op tests of a split, of every member in training.
 
@@ -393,7 +386,7 @@ def decode_split(
     of the mesh's data axis; ``samples`` the number of answers to return, a member.
     """
     group = trainer.group
-    rules = make_test_set(split, group.members, pools, dev_tests, tests).rules
+    rules = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests).rules
     streams = jnp.array([stream_of_split(split, m.setting.split_seed) for m in group.members], jnp.uint32)
     keys = jax.vmap(lambda stream: stream_key(TEST_STREAM, stream))(streams)
     prompts = Prompts(stack_knobs([member.setting for member in group.members]), keys, rules, rules)
@@ -402,7 +395,7 @@ def decode_split(
     counts, shown = tally(decoder.answers(trainer.state.params, prompts), condition, samples, group)
     errors, sampled = [], []
     for row, member in enumerate(group.members):
-        who = identity(figure, group, member, trainer.step)
+        who = identity(sweep.figure, group, member, trainer.step)
         if counts[row, 0, 0]:
             errors += error_rows(who, split, "has_op", counts[row, 0])
         sampled += [who | {"split": split, "slice": "has_op"} | sample for sample in shown[row, 0]]

@@ -297,7 +297,7 @@ def test_a_split_in_training_is_decoded_as_it_is_scored():
     one.advance()
     evaluator = Evaluator(one, 16)
     counts = np.asarray(evaluator.count(evaluator.pieces(make_test_set("unseen", population, pools, 4, 26))))
-    errors, samples = decode_split("f", one, pools, 4, 26, piece=16, samples=3)
+    errors, samples = decode_split(Sweep("f", population, 4, 26), one, pools, "unseen", piece=16, samples=3)
     column = list(SLICES).index("has_op")
     assert counts[:, column, 0].max() > 0
     for row, member in enumerate(population):
