@@ -190,8 +190,7 @@ class Checkpoints:
         """Removes what an interrupted save left, and finds the earlier checkpoints that may go one day."""
         if not self.path.is_dir():
             return
-        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self.remove_unfinished()
         for step in self.steps():
             if step < latest:
                 try:
@@ -201,6 +200,11 @@ class Checkpoints:
                     keep = False
                 if not keep:
                     self._whole = sorted({*self._whole, step})
+
+    def remove_unfinished(self) -> None:
+        """Removes what saves that failed, or were cut short, have left."""
+        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         self._manager.close()
@@ -227,6 +231,7 @@ class _ClearErrors:
     def __exit__(self, kind, error, traceback):
         if error is None or not isinstance(error, Exception):
             return
+        self.checkpoints.remove_unfinished()
         whole = self.checkpoints._whole
         left = f"the last whole one is that of step {whole[-1]}" if whole else "there is none before it"
         raise BadInput(

@@ -169,7 +169,7 @@ def start(main: Callable[[], None]) -> None:
             print("\ninterrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
             sys.exit(130)
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what Orbax has to say of a failed save comes as one line of ours
     app.run(guarded, flags_parser=parse)
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from instrdiv.decoding import GroupDecoder
 from instrdiv.evaluation import Evaluator, make_test_set, piece_size
 from instrdiv.planning import REACHED_FLOPS, duration, flops_per_example, in_bytes
 from instrdiv.population import ExampleOrder, Group, RulePools, make_groups, make_mesh, padded_size, put, stack_group
+from instrdiv.suites import split_prompts
 from instrdiv.sweep import Options, Sweep
 from instrdiv.training import Trainer, abstract_member, chunk_program
 
@@ -52,6 +54,7 @@ class Forecast:
 
     @property
     def text(self) -> str:
+        """One line for people."""
         peak = f"{in_bytes(self.host_bytes)} of this machine's memory"
         if jax.default_backend() != "cpu":
             peak = f"{in_bytes(self.device_bytes)} a device"
@@ -113,7 +116,10 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _G
     batch = max(options.data_parallel, int(share * config.batch_size) // options.data_parallel * options.data_parallel)
     steps = max(1, min(config.chunk_steps, int(_SECONDS / guess)))
     few = dataclasses.replace(group, members=group.members[:unit], config=dataclasses.replace(config, batch_size=batch))
+    started = time.monotonic()
     trainer = Trainer(few, pools, mesh, options.members_per_vmap)
+    jax.block_until_ready(trainer.state)
+    compile_seconds = time.monotonic() - started
     order = ExampleOrder(config.examples, batch).batches(0, steps)
     indices = put(order, mesh, P(None, "data"))
 
@@ -134,18 +140,25 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _G
     piece = [next(evaluator.pieces(tests))]
     started = time.monotonic()
     jax.block_until_ready(evaluator.count(piece))
-    test_compile_seconds = time.monotonic() - started
+    compile_seconds += time.monotonic() - started
     piece_seconds = _time(lambda: evaluator.count(piece))
     dev, rest = (math.ceil(count / evaluator.piece) for count in (sweep.dev_tests, sweep.tests))
+
+    decoder = GroupDecoder(few, few.shape, mesh, options.members_per_vmap, evaluator.piece)
+    prompts = split_prompts(dataclasses.replace(sweep, dev_tests=evaluator.piece), few, pools, "unseen_dev")
+    started = time.monotonic()
+    list(decoder.answers(trainer.state.params, prompts))
+    compile_seconds += time.monotonic() - started
+    decode_seconds = _time(lambda: list(decoder.answers(trainer.state.params, prompts)))
 
     blocks = size // unit
     started = time.monotonic()
     full = _compile_at_full_shape(group, pools, mesh, options.members_per_vmap, size)
-    compile_seconds = time.monotonic() - started
+    compile_seconds += time.monotonic() - started
     return _GroupForecast(
-        compile_seconds=compile_seconds + test_compile_seconds,
+        compile_seconds=compile_seconds,
         training_seconds=config.steps * blocks * step_seconds,
-        test_seconds=((config.chunks + 1) * dev + 2 * rest) * blocks * piece_seconds,
+        test_seconds=blocks * (((config.chunks + 1) * dev + 2 * rest) * piece_seconds + rest * decode_seconds),
         device_bytes=_peak_bytes(full),
         probe_bytes=probe_bytes,
     )

@@ -377,6 +377,14 @@ class _GroupTester:
                 ]
 
 
+def split_prompts(sweep: Sweep, group: Group, pools: RulePools, split: str) -> Prompts:
+    """The tests of a split, as ``evaluation`` makes them, to be decoded."""
+    rules = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests).rules
+    streams = jnp.array([stream_of_split(split, m.setting.split_seed) for m in group.members], jnp.uint32)
+    keys = jax.vmap(lambda stream: stream_key(TEST_STREAM, stream))(streams)
+    return Prompts(stack_knobs([member.setting for member in group.members]), keys, rules, rules)
+
+
 def decode_split(
     sweep: Sweep, trainer: Trainer, pools: RulePools, split: str, piece: int, samples: int = 8
 ) -> tuple[list[Row], list[Row]]:
@@ -386,10 +394,7 @@ def decode_split(
     of the mesh's data axis; ``samples`` the number of answers to return, a member.
     """
     group = trainer.group
-    rules = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests).rules
-    streams = jnp.array([stream_of_split(split, m.setting.split_seed) for m in group.members], jnp.uint32)
-    keys = jax.vmap(lambda stream: stream_key(TEST_STREAM, stream))(streams)
-    prompts = Prompts(stack_knobs([member.setting for member in group.members]), keys, rules, rules)
+    prompts = split_prompts(sweep, group, pools, split)
     decoder = GroupDecoder(group, group.shape, trainer.mesh, trainer.members_per_vmap, piece)
     condition = Condition(split, held_out)
     counts, shown = tally(decoder.answers(trainer.state.params, prompts), condition, samples, group)

@@ -40,7 +40,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert (tmp_path / "run" / "results.csv").read_bytes() == results and "step" not in again.stderr
 
 
-@pytest.mark.parametrize("preset", ["laptop", "gpu", "paper"])
+@pytest.mark.parametrize("preset", ["laptop", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gpu", "paper"))])
 def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
     done = command(FIG2A, f"--preset={preset}", "--dry_run", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
