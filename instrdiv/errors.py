@@ -50,7 +50,7 @@ def classify(
         :, place_T
     ]
     after_NxT = (length_N - pattern_length_N)[:, None] - place_T
-    rewritten_NxT &= (place_T <= first_N[:, None]) & (after_NxT >= 0) & (after_NxT <= last_N[:, None])
+    rewritten_NxT &= (place_T <= first_N[:, None]) & (after_NxT <= last_N[:, None])
     rewritten_N = rewritten_NxT.any(1) & (decoded_length_N == length_N - pattern_length_N + replacement_length_N)
     unchanged_N = has_op_N & (first_N == length_N) & (decoded_length_N == length_N)
     outside_right_N = has_op_N & (first_N >= start_N) & (last_N >= length_N - start_N - pattern_length_N)

@@ -357,7 +357,7 @@ class _GroupTester:
         keys = jax.vmap(lambda seed: jax.random.fold_in(stream_key(SUITE_STREAM, seed), number))(seeds)
         shown = rules
         if condition.prompt == "shuffled":
-            shown = [table[np.roll(np.arange(len(table)), 1)] for table in rules]
+            shown = [table[np.roll(np.arange(len(table)), -1)] for table in rules]
         return Prompts(stack_knobs(settings), keys, rules, shown, blanked=condition.prompt == "blanked")
 
     def _add(self, outcome: Evaluation, name: str, condition: Condition, rows: Sequence[int], counts, samples) -> None:

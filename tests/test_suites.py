@@ -10,6 +10,7 @@ import pytest
 
 from experiments.evaluate import shown
 from instrdiv.checkpoints import Schedule
+from instrdiv.decoding import GroupDecoder
 from instrdiv.errors import ERRORS
 from instrdiv.evaluation import SLICES, Evaluator, held_out_rules, make_test_set
 from instrdiv.population import RulePools
@@ -201,6 +202,23 @@ class TestEvaluation:
         right = {name: np.mean([not row["error"] for row in by_slice(everything.samples)[f"{name}/has_op"]])
                  for name in ("held_out", "rules_shuffled")}  # fmt: skip
         assert right["rules_shuffled"] <= right["held_out"]
+
+    def test_prompts_show_what_the_condition_says(self, saved, monkeypatch):
+        asked = []
+
+        class Recording(GroupDecoder):
+            def answers(self, params, prompts):
+                asked.append(prompts)
+                return super().answers(params, prompts)
+
+        monkeypatch.setattr("instrdiv.suites.GroupDecoder", Recording)
+        evaluate(saved, ["held_out"], [saved.sweep.members[0].id], tests=4, options=ONE_DEVICE)
+        *plain, blanked, shuffled = asked
+        assert len(plain) == 4 and not any(prompts.blanked for prompts in (*plain, shuffled)) and blanked.blanked
+        for prompts in (*plain, blanked):
+            assert texts(prompts.shown[0], 6) == texts(prompts.rules[0], 6)
+        rules = texts(shuffled.rules[0], 6)
+        assert texts(shuffled.shown[0], 6) == [*rules[1:], rules[0]]
 
     def test_members_share_rules_and_inputs(self, saved, everything):
         for name, rows in by_slice(everything.samples).items():
