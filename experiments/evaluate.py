@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from absl import flags
 from rich.console import Console
 
-from instrdiv.launcher import FLAGS, ListParser, NumberParser, start, use_cpu_cores
-from instrdiv.results import ERROR_COLUMNS, RESULT_COLUMNS, Row, merge_table
-from instrdiv.saved import RESULT_KEY, SavedRun
+from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, start, use_cpu_cores
+from instrdiv.results import Row
+from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput
 from instrdiv.suites import SUITES, evaluate
 from instrdiv.sweep import Options
@@ -57,6 +57,7 @@ def _show(row: Row) -> list[str]:
     marks = "".join(" " if a == b else "^" for a, b in pairs).rstrip()
     lines = [
         f"  {row['pattern']} -> {row['replacement']}  member {row['member']}",
+        *([f"    asked    {row['asked']}"] if row["asked"] else []),
         f"    input    {row['input']}",
         f"    right    {right}",
         f"    decoded  {decoded.ljust(width)}  {row['error'] or 'right'}",
@@ -81,8 +82,7 @@ def main() -> None:
         outcome = evaluate(
             saved, suites, FLAGS.members, FLAGS.step, FLAGS.tests, Options(FLAGS.devices), FLAGS.show, say
         )
-        merge_table(saved.path / "errors.csv", outcome.errors, ERROR_COLUMNS, (*RESULT_KEY, "error"))
-        merge_table(saved.path / "results.csv", outcome.results, RESULT_COLUMNS, RESULT_KEY)
+        saved.write_results(outcome.results, outcome.errors)
     if FLAGS.show:
         print(shown(outcome.samples, FLAGS.show))
     for line in outcome.left_out:
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("run_dir", None, "the directory of a run")
+    flags.DEFINE(NameParser(), "run_dir", None, "the directory of a run")
     flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "what is tested")
     whole = NumberParser(int, low=1)
     flags.DEFINE(NumberParser(int, low=0), "step", None, "a saved step (default: the last one)")

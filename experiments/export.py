@@ -20,7 +20,7 @@ def main() -> None:
         if FLAGS[name].value is None:
             raise BadInput(f"--{name}: must be given; it is {FLAGS[name].help}")
     out = Path(FLAGS.out)
-    step = export_member(SavedRun(Path(FLAGS.run_dir)), FLAGS.member, out, FLAGS.step)
+    step = export_member(SavedRun(Path(FLAGS.run_dir)), FLAGS.member, out, FLAGS.step, say=print)
     print(f"{FLAGS.member}, step {step}: {out}")
 
 

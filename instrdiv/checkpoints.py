@@ -11,9 +11,12 @@ later ones have been written, and never the last that could be read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -29,7 +32,7 @@ from instrdiv.settings import BadInput
 
 
 class Damaged(Exception):
-    """A checkpoint that is listed cannot be read, or is not what was saved."""
+    """A checkpoint that is listed is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,10 @@ class Checkpoints:
             del self._whole[0]
 
     def read(self, step: int) -> Checkpoint:
-        """Reads a checkpoint and checks every array. Raises Damaged."""
+        """Reads a checkpoint and checks every array.
+
+        Raises Damaged; or BadInput where it is the machine that keeps it from being read, and a later try may succeed.
+        """
         try:
             sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             if hashlib.sha256(sealed["text"].encode()).hexdigest() != sealed["sha256"]:
@@ -156,9 +162,11 @@ class Checkpoints:
             restore = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=as_numpy)
             arrays = dict(self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"])
             wrong = [n for n in names if _digest(np, np.ascontiguousarray(arrays[n])).tolist() != names[n]]
-        except Damaged:
+        except (Damaged, MemoryError):
             raise
         except Exception as error:  # whatever a damaged file makes the readers raise
+            if _is_passing(error):
+                raise BadInput(f"{self.path / str(step)}: cannot be read now ({_reason(error)}); mend that") from error
             raise Damaged(f"it cannot be read ({' '.join(str(error).split())[:120]})") from None
         if wrong:
             raise Damaged(f"{wrong[0]} has changed since it was written")
@@ -212,8 +220,11 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self.wait()
+        with contextlib.suppress(Exception):  # what could go wrong is what went wrong already
+            self.close()
 
     def _clear_errors(self, step: int | None) -> _ClearErrors:
         return _ClearErrors(self, step)
@@ -234,19 +245,32 @@ class _ClearErrors:
         self.checkpoints.remove_unfinished()
         whole = self.checkpoints._whole
         left = f"the last whole one is that of step {whole[-1]}" if whole else "there is none before it"
+        what = "an old checkpoint cannot be deleted"
+        if self.step is not None:
+            what = f"the checkpoint of step {self.step} cannot be written"
         raise BadInput(
-            f"{self.checkpoints.path}: the checkpoint of step {self.step} cannot be written "
-            f"({_reason(error)}); {left}. Mend that, and the same command goes on from there"
+            f"{self.checkpoints.path}: {what} ({_reason(error)}); {left}. "
+            "Mend that, and the same command, without --overwrite, goes on from there"
         ) from error
+
+
+#: What the system says of itself, not of a file; the words reach us through the messages of other libraries.
+_PASSING = [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM,
+                                               errno.ESTALE, errno.EIO, errno.ETIMEDOUT)]  # fmt: skip
+
+
+def _is_passing(error: BaseException) -> bool:
+    """The machine kept a file from being read; nothing is known of the file."""
+    return any(words in str(error) for words in _PASSING)
 
 
 def _reason(error: BaseException) -> str:
     """The operating system's words where the error has them, however deep."""
     text = " ".join(str(error).split())
-    for words in ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded"):
+    for words in (*_PASSING, *map(os.strerror, (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG))):
         if words in text:
             return words
-    return getattr(error, "strerror", None) or text[:160]
+    return text[:160]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

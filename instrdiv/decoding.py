@@ -80,6 +80,7 @@ class Answers:
 
     Attributes:
       rules: the rule of each test.
+      shown: the rule that its prompt shows.
       text, length: the input, uint8 letters [M, B, I], and its length, int32.
       right, decoded: the right answer and the member's, uint8 tokens [M, B, A + 1]: letters, end, padding.
       occurrences: int32, how often the pattern occurs in the input.
@@ -89,6 +90,7 @@ class Answers:
     """
 
     rules: Rules
+    shown: Rules
     text: Any
     length: Any
     right: Any
@@ -118,6 +120,7 @@ class GroupDecoder:
                 prompt = jnp.where(blanked, blank_rule(prompt), prompt)
                 known = Answers(
                     rules=rule,
+                    shown=shown,
                     text=text.astype(jnp.uint8),
                     length=length,
                     right=right.astype(jnp.uint8),

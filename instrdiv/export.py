@@ -14,6 +14,7 @@ The first half of every hidden state is the member's, entry by entry; so are the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,13 @@ def write_checkpoint(out: Path, group: Group, member: Member, params: Any, step:
         raise BadInput(f"--out={out}: cannot be written ({error.strerror}); name another directory") from None
 
 
-def export_member(saved: SavedRun, member_id: str, out: Path, step: int | None = None) -> int:
+def export_member(
+    saved: SavedRun,
+    member_id: str,
+    out: Path,
+    step: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Writes a member of a saved run, see ``write_checkpoint``; as it was at ``step``, or at its last saved step.
 
     Returns the step. Raises BadInput as ``write_checkpoint`` and ``SavedRun`` do, and for an unknown member.
@@ -195,7 +202,7 @@ def export_member(saved: SavedRun, member_id: str, out: Path, step: int | None =
     if member_id not in places:
         raise BadInput(f"--member={member_id}: {saved.path} has no such member; its config.json names those it has")
     group, row = places[member_id]
-    step, params, diverged_at = saved.params(group, step)
+    step, params, diverged_at = saved.params(group, step, say)
     params = jax.tree.map(lambda leaf: leaf[row], params)
     write_checkpoint(out, group, group.members[row], params, step, int(diverged_at[row]))
     return step

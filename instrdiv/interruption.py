@@ -42,4 +42,4 @@ class StopRequest:
         self.requested = True
         name = signal.Signals(number).name
         self.__exit__()
-        self._on_request(f"{name}: the chunk that runs is finished and saved first; once more stops at once")
+        self._on_request(f"{name}: what runs is finished and saved first; once more stops at once")

@@ -13,6 +13,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from instrdiv.probing import forecast
 from instrdiv.report import write_report
 from instrdiv.results import Row
 from instrdiv.run import Run, plan, run
+from instrdiv.saved import RunDirectory, devices_of
 from instrdiv.settings import BadInput, Member, Setting
 from instrdiv.sweep import Options, Sweep
 
@@ -106,15 +108,18 @@ def launch(figure: Figure) -> None:
     _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
 
     def main() -> None:
-        use_cpu_cores(FLAGS.devices)
+        run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
+        use_cpu_cores(max(FLAGS.devices or 0, devices_of(run_dir)))
         sweep = make_sweep(figure, figure.presets[FLAGS.preset])
         options = Options(FLAGS.devices, FLAGS.data_parallel, FLAGS.members_per_vmap)
-        what = plan(sweep, options)
-        print(f"{figure.name}, preset {FLAGS.preset}\n{what.text}", flush=True)
+        print(f"{figure.name}, preset {FLAGS.preset}, {run_dir}", flush=True)
         if FLAGS.dry_run:
+            print(plan(sweep, options).text, flush=True)
             print(forecast(sweep, options).text)
             return
-        run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
+        RunDirectory.check(run_dir, sweep, options, FLAGS.overwrite)
+        if FLAGS.overwrite or not devices_of(run_dir):
+            print(plan(sweep, options).text, flush=True)
         schedule = Schedule(FLAGS.checkpoint_minutes, FLAGS.checkpoint_steps)
         result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
         figure.draw(result, run_dir / "figure")
@@ -166,9 +171,12 @@ def start(main: Callable[[], None]) -> None:
             print(stop, file=sys.stderr)
             sys.exit(STOPPED)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
+        except OSError as error:  # a full disk, say
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")  # where a save of Orbax's failed
     logging.set_verbosity(logging.FATAL)  # what Orbax has to say of a failed save comes as one line of ours
     app.run(guarded, flags_parser=parse)
 

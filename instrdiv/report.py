@@ -326,27 +326,23 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
 
 
 def _errors(run: _Tables) -> dict[str, Any] | None:
-    """Of every setting, the share of right answers and of each class of wrong ones; a table a split and slice."""
+    """Of every setting, the share of right unseen has-op answers and of each class of wrong ones."""
     if not run.errors:
         return None
     classes = _unique(row["error"] for row in run.errors)
-    tables = []
-    for split, slice in (("unseen", "has_op"), ("unseen", "no_op"), ("seen", "has_op"), ("seen", "no_op")):
-        counts: Counter[tuple] = Counter()
-        tests: dict[str, int] = {}
-        for row in run.errors:
-            if (row["split"], row["slice"]) == (split, slice) and row["member"] not in run.diverged:
-                counts[run.key(row["member"]), row["error"]] += row["count"]
-                tests[row["member"]] = row["tests"]
-        rows = []
-        for key, ids in run.settings.items():
-            total = sum(tests.get(id, 0) for id in ids)
-            if total:
-                wrong = [counts[key, error] / total for error in classes]
-                rows.append({"setting": [_text(value) for value in key], "right": 1 - sum(wrong), "wrong": wrong})
-        if rows:
-            tables.append({"split": split, "slice": slice, "rows": rows})
-    return {"classes": classes, "tables": tables}
+    counts: Counter[tuple] = Counter()
+    tests: dict[str, int] = {}
+    for row in run.errors:
+        if (row["split"], row["slice"]) == ("unseen", "has_op") and row["member"] not in run.diverged:
+            counts[run.key(row["member"]), row["error"]] += row["count"]
+            tests[row["member"]] = row["tests"]
+    rows = []
+    for key, ids in run.settings.items():
+        total = sum(tests.get(id, 0) for id in ids)
+        if total:
+            wrong = [counts[key, error] / total for error in classes]
+            rows.append({"setting": [_text(value) for value in key], "right": 1 - sum(wrong), "wrong": wrong})
+    return {"classes": classes, "rows": rows}
 
 
 def _resemblance(run: _Tables) -> list[dict[str, Any]]:
@@ -437,6 +433,7 @@ def _provenance(run: _Tables) -> dict[str, Any]:
 def _launched(run: _Tables) -> str | None:
     """The command of the launcher that made the run; None if it was made in another way."""
     script, *flags = run.provenance["command"]
+    flags = [flag for flag in flags if flag.lstrip("-").partition("=")[0] != "overwrite"]  # it would begin anew
     figure = run.sweep.figure
     return shlex.join(["python", "-m", f"experiments.{figure}", *flags]) if script == f"{figure}.py" else None
 

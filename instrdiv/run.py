@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,6 @@ def run(
     """
     sweep.validate()
     options = options or Options()
-    done: set[str] = set()
     if run_dir is None:
         cohorts = [Cohort(sweep.members, options.resolve(sweep.members))]
     else:
@@ -113,41 +112,32 @@ def run(
         cohorts = RunDirectory.check(path, sweep, options, overwrite)
         if (path / "config.json").exists() and not overwrite:
             there = SavedRun(path)
-            done = there.done()
             if len(there.cohorts) == len(cohorts) and there.is_finished():
                 return _read_back(there, keep_params)
-    todo = [(group, layout) for group, layout in number_groups(cohorts) if group.name not in done]
     pools = RulePools(sweep.members)
     for source in {member.setting.rule_source for member in sweep.members}:
         held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
+    schedule = schedule or Schedule()
     with contextlib.ExitStack() as stack:
+        if run_dir is None:
+            groups = number_groups(cohorts)
+            reporter = stack.enter_context(_reporter(groups, progress))
+            return _Launch(sweep, pools, reporter, schedule).train(groups, keep_params)
+        directory = stack.enter_context(RunDirectory.begin(path, sweep, options, overwrite))
+        done = directory.done()
+        groups = [(group, layout) for group, layout in number_groups(directory.cohorts) if group.name not in done]
+        directory.check_layouts(groups)
         started = time.monotonic()
-        directory = None
-        if run_dir is not None:
-            directory = stack.enter_context(RunDirectory.begin(path, sweep, cohorts, overwrite))
-            rules = {member.id: pools.of(member).digest for member in sweep.members}
-            directory.write_provenance(rule_digests=rules)
-        examples = sum(len(g.members) * g.config.steps * g.config.batch_size for g, _ in todo)
-        reporter = stack.enter_context(Reporter(examples, enabled=progress))
-        stop, curves = None, None
-        if directory:
-            stop = stack.enter_context(StopRequest(reporter.note))
-            if tensorboard.available():
-                curves = stack.enter_context(TensorBoard(directory.path / "tensorboard", directory.sweep.members))
-                curves.write([row for row in directory.read_metrics() if row["group"] in done])
-        outcome = Run([], [], [])
-        schedule = schedule or Schedule()
-        for group, layout in todo:
-            with _GroupRun(sweep, group, layout, pools, reporter, directory, schedule, stop, curves) as runner:
-                runner.train()
-                runner.test()
-            outcome.metrics += runner.metrics
-            outcome.timings += runner.timings
-            outcome.results += runner.results
-            if keep_params:
-                outcome.params |= runner.member_params()
-        if directory is None:
-            return outcome
+        rules = {member.id: pools.of(member).digest for member in sweep.members}
+        directory.write_provenance(rule_digests=rules)
+        reporter = stack.enter_context(_reporter(groups, progress))
+        launch = _Launch(sweep, pools, reporter, schedule, directory, overwrite=overwrite)
+        launch.stop = stack.enter_context(StopRequest(reporter.note))
+        if tensorboard.available():
+            launch.curves = stack.enter_context(TensorBoard(directory.path / "tensorboard", directory.sweep.members))
+            launch.curves.write([row for row in directory.read_metrics() if row["group"] in done])
+        params = launch.train(groups, keep_params).params
+        launch.stop_if_asked("all groups")
         reporter.working("comparing held-out rules with trained ones")
         directory.write_resemblance(resemblance_rows(directory.sweep, pools))
         directory.write_provenance(
@@ -156,7 +146,46 @@ def run(
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(),
         )
-        return _read_back(directory, keep_params, outcome.params)
+        return _read_back(directory, keep_params, params)
+
+
+def _reporter(groups: Sequence[tuple[Group, Options]], progress: bool) -> Reporter:
+    return Reporter(sum(len(g.members) * g.config.steps * g.config.batch_size for g, _ in groups), enabled=progress)
+
+
+@dataclasses.dataclass
+class _Launch:
+    """What the groups of one launch share; without a directory, nothing is written."""
+
+    sweep: Sweep
+    pools: RulePools
+    reporter: Reporter
+    schedule: Schedule
+    directory: RunDirectory | None = None
+    stop: StopRequest | None = None
+    curves: TensorBoard | None = None
+    overwrite: bool = False
+
+    def train(self, groups: Sequence[tuple[Group, Options]], keep_params: bool) -> Run:
+        """Trains and tests groups, one after another."""
+        outcome = Run([], [], [])
+        for group, layout in groups:
+            self.stop_if_asked(f"group {group.name} has not begun")
+            with _GroupRun(self, group, layout) as runner:
+                runner.train()
+                runner.test()
+            outcome.metrics += runner.metrics
+            outcome.timings += runner.timings
+            outcome.results += runner.results
+            if keep_params:
+                outcome.params |= runner.member_params()
+        return outcome
+
+    def stop_if_asked(self, where: str) -> None:
+        """Leaves, if that was asked for. To be called where everything up to ``where`` is on disk."""
+        if self.stop and self.stop.requested:
+            command = "The same command, without --overwrite," if self.overwrite else "The same command"
+            raise Interrupted(f"stopped and saved: {where}. {command} goes on from there")
 
 
 def _read_back(saved: SavedRun, keep_params: bool, params: dict[str, Any] | None = None) -> Run:
@@ -166,7 +195,7 @@ def _read_back(saved: SavedRun, keep_params: bool, params: dict[str, Any] | None
     if keep_params:
         for group in saved.groups:
             if not all(member.id in params for member in group.members):
-                params |= _by_member(group, saved.params(group)[1])
+                params |= _by_member(group, saved.params(group, group.config.steps)[1])
     return Run(results, metrics, timings, params)
 
 
@@ -181,22 +210,21 @@ class _GroupRun:
       metrics, timings, results: its rows of the three tables, those of earlier launches included.
     """
 
-    def __init__(self, sweep: Sweep, group: Group, layout: Options, pools: RulePools, reporter: Reporter,
-                 directory: RunDirectory | None, schedule: Schedule, stop: StopRequest | None,
-                 curves: TensorBoard | None):  # fmt: skip
-        self.sweep, self.group, self.pools, self.reporter = sweep, group, pools, reporter
-        self.directory, self.schedule, self.stop, self.curves = directory, schedule, stop, curves
+    def __init__(self, launch: _Launch, group: Group, layout: Options):
+        self.launch, self.group = launch, group
+        self.sweep, self.pools, self.reporter = launch.sweep, launch.pools, launch.reporter
+        self.directory, self.curves = launch.directory, launch.curves
         self.metrics: list[Row] = []
         self.timings: list[Row] = []
         self.results: list[Row] = []
-        self._rules = [pools.of(member).digest for member in group.members] if directory else []
+        self._rules = [self.pools.of(member).digest for member in group.members]
         self._frozen: set[str] = set()
-        self.checkpoints = directory.checkpoints(group, reporter.note) if directory else None
+        self.checkpoints = self.directory.checkpoints(group, self.reporter.note) if self.directory else None
         assert layout.devices and layout.members_per_vmap
         mesh = make_mesh(layout.devices, layout.data_parallel)
         restored = self._restored()
         try:
-            self.trainer = Trainer(group, pools, mesh, layout.members_per_vmap, restored)
+            self.trainer = Trainer(group, self.pools, mesh, layout.members_per_vmap, restored)
         except ValueError as error:
             if restored is None or self.checkpoints is None:
                 raise
@@ -204,14 +232,15 @@ class _GroupRun:
                 f"{self.checkpoints.path}: the checkpoint of step {restored[0]} does not fit: {error}; "
                 "use the version that provenance.json names, or --overwrite to start anew"
             ) from None
-        self.evaluator = Evaluator(self.trainer, piece_size(sweep.dev_tests, sweep.tests, layout.data_parallel))
+        piece = piece_size(self.sweep.dev_tests, self.sweep.tests, layout.data_parallel)
+        self.evaluator = Evaluator(self.trainer, piece)
 
     def __enter__(self) -> _GroupRun:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         if self.checkpoints:
-            self.checkpoints.close()
+            self.checkpoints.__exit__(kind, error, traceback)
 
     def _restored(self) -> tuple[int, dict[str, np.ndarray]] | None:
         """The last whole checkpoint, and the rows that belong to it."""
@@ -219,6 +248,8 @@ class _GroupRun:
         if checkpoint is None or self.checkpoints is None:
             return None
         record = checkpoint.record
+        if record["members"] != [member.id for member in self.group.members]:
+            raise BadInput(f"{self.checkpoints.path}: holds checkpoints of other members; --overwrite starts anew")
         if record["rules"] != self._rules:
             raise BadInput(f"{self.checkpoints.path}: was trained on other rules than this version of instrdiv makes; "
                            "use the version that provenance.json names, or --overwrite to start anew")  # fmt: skip
@@ -261,29 +292,27 @@ class _GroupRun:
         if not self.checkpoints:
             return False
         self.checkpoints.settle()
-        asked = self.stop is not None and self.stop.requested
-        return asked or self.schedule.is_due(self.trainer.step, self.group.config.chunk_steps)
+        asked = self.launch.stop is not None and self.launch.stop.requested
+        return asked or self.launch.schedule.is_due(self.trainer.step, self.group.config.chunk_steps)
 
     def _save(self) -> None:
         if not self.checkpoints:
             return
         started, step, chunk = time.monotonic(), self.trainer.step, self.group.config.chunk_steps
-        record = {"rules": self._rules, "metrics": self.metrics, "timings": self.timings}
-        self.checkpoints.save(step, self.trainer.state, record, keep=self.schedule.is_kept(step, chunk))
+        members = [member.id for member in self.group.members]
+        record = {"members": members, "rules": self._rules, "metrics": self.metrics, "timings": self.timings}
+        self.checkpoints.save(step, self.trainer.state, record, keep=self.launch.schedule.is_kept(step, chunk))
         if step == self.group.config.steps:
             self.checkpoints.wait()
-        self.schedule.saved()
+        self.launch.schedule.saved()
         self._clock = time.monotonic()
         self.timings[-1]["checkpoint_seconds"] = self._clock - started
 
     def _stop_if_asked(self) -> None:
-        """Leaves, if that was asked for, once everything is on disk."""
-        if self.stop is None or not self.stop.requested:
-            return
-        assert self.checkpoints
-        self.checkpoints.wait()
-        where = f"group {self.group.name}, step {self.trainer.step} of {self.group.config.steps}"
-        raise Interrupted(f"stopped and saved: {where}. The same command goes on from there")
+        """Leaves, if that was asked for, once the last checkpoint is on disk."""
+        if self.checkpoints and self.launch.stop and self.launch.stop.requested:
+            self.checkpoints.wait()
+            self.launch.stop_if_asked(f"group {self.group.name}, step {self.trainer.step} of {self.group.config.steps}")
 
     def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any) -> None:
         """Waits for the results of a chunk and adds their rows."""
@@ -348,6 +377,7 @@ class _GroupRun:
                         status = status_of(diverged[row])
                         self.results.append(result_row(who, member, split, slice, right, tests, status))
         if self.directory:
+            self._stop_if_asked()
             self.reporter.working(f"group {self.group.name}: decoding unseen")
             errors, samples = decode_split(self.sweep, self.trainer, self.pools, "unseen", self.evaluator.piece)
             self.directory.write_progress(self.group, self.metrics, self.timings)

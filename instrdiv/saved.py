@@ -56,6 +56,14 @@ class Cohort:
     options: Options
 
 
+def devices_of(path: Path) -> int:
+    """The most devices that a run in this directory was laid out on; 0 where there is none, or it cannot be read."""
+    try:
+        return max(cohort["devices"] for cohort in json.loads((path / "config.json").read_text())["cohorts"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
 def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Options]]:
     """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
     groups: list[tuple[Group, Options]] = []
@@ -101,12 +109,15 @@ class SavedRun:
         with self.checkpoints(group) as checkpoints:
             return checkpoints.steps()
 
-    def params(self, group: Group, step: int | None = None) -> tuple[int, Any, np.ndarray]:
+    def params(
+        self, group: Group, step: int | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> tuple[int, Any, np.ndarray]:
         """The parameters of a group as they were saved.
 
         Args:
           group: one of ``groups``.
           step: one of ``steps``; the last whole one by default.
+          say: is told of damaged ones that are passed over.
 
         Returns:
           The step, the decoder's parameters (numpy, leading axis ``len(group.members)``), ``diverged_at`` int32 [M].
@@ -125,6 +136,7 @@ class SavedRun:
                     found = checkpoints.read(number)
                 except Damaged as error:
                     why = error
+                    say(f"checkpoint {checkpoints.path / str(number)} is damaged: {error}")
                     continue
                 members = len(group.members)
                 params = _nested({n: a[:members] for n, a in found.arrays.items() if n.startswith("params.")})
@@ -147,6 +159,16 @@ class SavedRun:
             if {(member.id, str(group.config.steps)) for member in group.members} <= tested
             and reports[group.name] == len(group.members) * group.config.chunks
         }
+
+    def write_results(self, results: Sequence[Row], errors: Sequence[Row] = (), samples: Sequence[Row] = ()) -> None:
+        """Adds rows to the tables of results, each in place of an older one of the same key; results.csv last.
+
+        To be called while ``locked``. Raises BadInput where they cannot be written.
+        """
+        with _clear_errors(self.path):
+            merge_table(self.path / "errors.csv", errors, ERROR_COLUMNS, (*RESULT_KEY, "error"))
+            merge_table(self.path / "samples.csv", samples, SAMPLE_COLUMNS, (*RESULT_KEY, "pattern", "input"))
+            merge_table(self.path / "results.csv", results, RESULT_COLUMNS, RESULT_KEY)
 
     def read_metrics(self) -> list[Row]:
         """The rows of metrics.csv so far."""
@@ -190,25 +212,39 @@ class RunDirectory(SavedRun):
 
     @classmethod
     @contextlib.contextmanager
-    def begin(cls, path: Path, sweep: Sweep, cohorts: Sequence[Cohort], overwrite: bool) -> Iterator[RunDirectory]:
-        """Makes the directory and says in config.json what is being run; nobody else may meanwhile."""
+    def begin(cls, path: Path, sweep: Sweep, options: Options, overwrite: bool) -> Iterator[RunDirectory]:
+        """Makes the directory and says in config.json what is being run; nobody else may meanwhile.
+
+        Raises BadInput as ``check``, which is asked again: another launch may have come and gone.
+        """
         with _clear_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
-        config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
         with _locked(path):
+            cohorts = cls.check(path, sweep, options, overwrite)
+            config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
+            config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
             with _clear_errors(path):
                 for name in (*_FILES, "config.json"):  # what a launch that was killed in mid-write has left
                     for leftover in path.glob(f".{name}.*"):
                         leftover.unlink()
                 if overwrite:  # config.json last: without it, the directory would be nobody's
                     for name in _FOLDERS:
-                        shutil.rmtree(path / name, ignore_errors=True)
+                        if (path / name).exists():
+                            shutil.rmtree(path / name)
                     for name in _FILES:
                         (path / name).unlink(missing_ok=True)
                 if not _holds(path / "config.json", plain(config)):
                     write_json(path / "config.json", config)
             yield cls(path)
+
+    def check_layouts(self, groups: Sequence[tuple[Group, Options]]) -> None:
+        """Raises BadInput where this machine lacks the devices that groups were laid out on."""
+        for group, layout in groups:
+            try:
+                layout.resolve(group.members)
+            except BadInput as error:
+                raise BadInput(f"{self.path / 'config.json'}: lays out group {group.name} otherwise than this machine "
+                               f"can ({error}); go on where it began, or edit the layout there") from None  # fmt: skip
 
     def write_progress(self, group: Group, metrics: Sequence[Row], timings: Sequence[Row]) -> None:
         """Replaces the group's rows of metrics.csv and timings.csv; those of the others stay."""
@@ -217,13 +253,6 @@ class RunDirectory(SavedRun):
                 path = self.path / f"{name}.csv"
                 others = [row for row in read_cells(path) if row["group"] != group.name]
                 write_table(path, [*others, *rows], columns)
-
-    def write_results(self, results: Sequence[Row], errors: Sequence[Row] = (), samples: Sequence[Row] = ()) -> None:
-        """Adds rows to the tables of results, each in place of an older one of the same key; results.csv last."""
-        with _clear_errors(self.path):
-            merge_table(self.path / "errors.csv", errors, ERROR_COLUMNS, (*RESULT_KEY, "error"))
-            merge_table(self.path / "samples.csv", samples, SAMPLE_COLUMNS, (*RESULT_KEY, "pattern", "input"))
-            merge_table(self.path / "results.csv", results, RESULT_COLUMNS, RESULT_KEY)
 
     def write_resemblance(self, rows: Sequence[Row]) -> None:
         with _clear_errors(self.path):
@@ -346,5 +375,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, "
-                       "and the same command goes on from the last checkpoint") from error  # fmt: skip
+        raise BadInput(
+            f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, and the same command, "
+            "without --overwrite, goes on from the last checkpoint"
+        ) from error

@@ -198,8 +198,6 @@ class Setting(StaticFields, TracedFields, TableFields):
         values: dict[str, Any] = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         if "occurrences" in values:
             values["occurrences"] = tuple(int(count) for count in str(values["occurrences"]).split("+"))
-        if values.get("tail_shape") == "inf":  # JSON has no infinity
-            values["tail_shape"] = math.inf
         return cls(**values)
 
     def validate(self) -> None:

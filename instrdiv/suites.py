@@ -35,7 +35,7 @@ from instrdiv.population import (
 )
 from instrdiv.results import Row
 from instrdiv.rewriting.alphabet import END
-from instrdiv.rewriting.examples import TaskShape
+from instrdiv.rewriting.examples import Rules, TaskShape
 from instrdiv.rewriting.families import FAMILIES
 from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, same_strings, seen_in
 from instrdiv.saved import SavedRun
@@ -189,6 +189,8 @@ def _suite_families(setting: Setting) -> list[Condition]:
     for family in FAMILIES:
         orders = [1] if family == "free" else range(2, setting.pattern_length + 1)
         for order in orders:
+            if family not in ("free", "repeated") and order == setting.pattern_length == setting.longest_replacement:
+                continue  # one letter throughout: the rules of repeated_k again
             name = "free" if family == "free" else f"{family}_{order}"
             changes = {"family": family, "k_min": order, "k_max": order}
             condition = Condition(f"family_tested={name}", held_out, changes)
@@ -276,7 +278,7 @@ def evaluate(
     outcome = Evaluation()
     reasons: dict[str, None] = {}
     for group, rows in chosen:
-        tester = _GroupTester(saved, group, rows, pools, step, tests or saved.sweep.tests, layout, samples)
+        tester = _GroupTester(saved, group, rows, pools, step, tests or saved.sweep.tests, layout, samples, say)
         for suite in suites:
             conditions: dict[str, dict[int, Condition]] = {}
             for row in rows:
@@ -312,10 +314,10 @@ class _GroupTester:
     """Tests members of one group, condition after condition; tests of one shape share a compiled program."""
 
     def __init__(self, saved: SavedRun, group: Group, rows: Sequence[int], pools: RulePools, step: int | None,
-                 tests: int, layout: Options, samples: int):  # fmt: skip
+                 tests: int, layout: Options, samples: int, say: Callable[[str], None]):  # fmt: skip
         self.sweep, self.group, self.pools, self.tests = saved.sweep, group, pools, tests
         self.samples, self.layout = samples, layout
-        self.step, self.params, self.diverged_at = saved.params(group, step)
+        self.step, self.params, self.diverged_at = saved.params(group, step, say)
         self.decoder = functools.cache(self._make_decoder)
 
     def _make_decoder(self, shape: TaskShape) -> GroupDecoder:
@@ -414,7 +416,7 @@ def tally(
 
     Returns:
       int [M, slices, 2 + errors]: tests, right answers, wrong ones of each class; and (member, slice) -> the first
-      ``samples`` answers, as ``pattern, replacement, input, answer, decoded, error``.
+      ``samples`` answers, as ``pattern, replacement, asked, input, answer, decoded, error``.
     """
     counts: Any = 0
     shown: dict[tuple[int, int], list[Row]] = {}
@@ -429,23 +431,31 @@ def tally(
         for row, column in np.ndindex(belongs.shape[:2]):
             there = shown.setdefault((row, column), [])
             for test in np.flatnonzero(belongs[row, column])[: samples - len(there)]:
-                there.append(
-                    _sample(jax.tree.map(lambda leaf, at=(row, test): leaf[at], piece), kinds[row, test], group)
-                )
+                answer = jax.tree.map(lambda leaf, at=(row, test): leaf[at], piece)
+                there.append(_sample(answer, kinds[row, test], condition, group))
     return counts, shown
 
 
-def _sample(answer: Answers, kind: int, group: Group) -> Row:
-    """One answered test, as text."""
-    alphabet, rule = alphabet_of(group.config), answer.rules
+def _sample(answer: Answers, kind: int, condition: Condition, group: Group) -> Row:
+    """One answered test, as text; ``asked`` says what the prompt showed where that is not the rule."""
+    alphabet = alphabet_of(group.config)
+
+    def spelled(rule: Rules) -> tuple[str, str]:
+        return (
+            alphabet.decode(rule.patterns[: rule.pattern_lengths]),
+            alphabet.decode(rule.replacements[: rule.replacement_lengths]),
+        )
 
     def before_end(tokens: np.ndarray) -> str:
         ends = np.flatnonzero(tokens == END)
         return alphabet.decode_tokens(tokens[: ends[0]] if len(ends) else tokens)
 
+    pattern, replacement = spelled(answer.rules)
+    asked = {"rule": "", "blanked": "no rule", "shuffled": " -> ".join(spelled(answer.shown))}
     return {
-        "pattern": alphabet.decode(rule.patterns[: rule.pattern_lengths]),
-        "replacement": alphabet.decode(rule.replacements[: rule.replacement_lengths]),
+        "pattern": pattern,
+        "replacement": replacement,
+        "asked": asked[condition.prompt],
         "input": alphabet.decode(answer.text[: answer.length]),
         "answer": before_end(answer.right),
         "decoded": before_end(answer.decoded),

@@ -5,10 +5,11 @@ Needs the package ``tensorboard`` (``pip install 'instrdiv[tensorboard]'``), not
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from instrdiv.results import Row, varying
@@ -42,19 +43,21 @@ class TensorBoard:
             raise BadInput("TensorBoard is not installed: pip install 'instrdiv[tensorboard]'")
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        directory = Path(directory)
-        try:
+        directory = self._directory = Path(directory)
+        with self._clear_errors():
             for old in directory.glob("*seed=* m*/events.out.tfevents.*"):
                 old.unlink()
                 if not any(old.parent.iterdir()):
                     old.parent.rmdir()
             names = zip(members, member_names(members), strict=True)
             self._writers = {member.id: EventFileWriter(str(directory / name)) for member, name in names}
-        except OSError as error:
-            raise BadInput(f"{directory} cannot be written for TensorBoard: {error.strerror}") from None
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows of metrics.csv."""
+        """Adds rows of metrics.csv. Raises BadInput where they cannot be written."""
+        with self._clear_errors():
+            self._write(rows)
+
+    def _write(self, rows: Sequence[Row]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -68,10 +71,18 @@ class TensorBoard:
     def __enter__(self) -> TensorBoard:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         """Ends the event files."""
-        for writer in self._writers.values():
-            writer.close()
+        with contextlib.suppress(Exception) if error else self._clear_errors():
+            for writer in self._writers.values():
+                writer.close()
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BadInput(f"{self._directory} cannot be written for TensorBoard: {error.strerror}") from error
 
 
 def member_names(members: Sequence[Member]) -> list[str]:

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read with care, deleted late."""
 
+import errno
 import itertools
 import json
 import math
@@ -145,6 +146,22 @@ def test_a_changed_row_of_the_record_is_damage(tmp_path):
         checkpoints.read(1)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), ValueError("x: Permission denied [y]")]
+)
+def test_what_the_machine_keeps_from_being_read_is_not_damage(tmp_path, error, monkeypatch, lines):
+    checkpoints = Checkpoints(tmp_path / "g0", lines.append)
+    save(checkpoints, 1, 2)
+
+    def refuse(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(BadInput, match=r"2: cannot be read now \((Too many open files|Permission denied)\)"):
+        checkpoints.latest()
+    assert checkpoints.steps() == [1, 2] and not lines
+
+
 def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "g0")
     save(checkpoints, 1)
@@ -155,6 +172,8 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
 
 FULL = """
 import resource, sys
+from absl import logging
+logging.set_verbosity(logging.FATAL)  # as the commands do
 from tests.test_checkpoints import Checkpoints, BadInput, save, state, RECORD
 checkpoints = Checkpoints(__import__("pathlib").Path(sys.argv[1]))
 save(checkpoints, 1, 2)
@@ -173,6 +192,7 @@ def test_a_write_that_fails_is_one_line_and_deletes_nothing(tmp_path):
     """A limit on the size of files stands for a full disk: what fails is a real write."""
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "g0"], capture_output=True, text=True)
     error, steps = done.stdout.strip().splitlines()
+    assert "Traceback" not in done.stderr
     assert "the checkpoint of step 3 cannot be written" in error and "the last whole one is that of step 2" in error
     assert steps == "[1, 2]"
     assert_is(Checkpoints(tmp_path / "g0").latest(), 2)

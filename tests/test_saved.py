@@ -12,9 +12,10 @@ import pytest
 
 from instrdiv.checkpoints import Checkpoints, Schedule
 from instrdiv.interruption import Interrupted, StopRequest
+from instrdiv.population import RulePools
 from instrdiv.results import merge_table, read_cells, read_table
 from instrdiv.run import run
-from instrdiv.saved import SavedRun
+from instrdiv.saved import SavedRun, devices_of
 from instrdiv.settings import BadInput
 from instrdiv.sweep import Options, Sweep
 from tests.worlds import TINY, tiny
@@ -56,7 +57,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_byte_equal(whole, tmp_path, re
     assert signal.getsignal(signal.SIGTERM) is before
     saved = SavedRun(tmp_path / "run")
     (step,) = saved.steps(saved.groups[0])
-    assert 0 < step < 16 and "SIGTERM: the chunk that runs is finished and saved first" in capsys.readouterr().err
+    assert 0 < step < 16 and "SIGTERM: what runs is finished and saved first" in capsys.readouterr().err
     run(sweep(), tmp_path / "run", **EVERY_CHUNK)
     assert f"goes on from step {step}" in capsys.readouterr().err
     for name in TABLES:
@@ -175,6 +176,54 @@ def test_an_edited_layout_is_followed(whole, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-4)
 
 
+def test_fewer_devices_than_the_run_was_laid_out_on_are_one_line(whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    (path / "results.csv").unlink()
+    config = json.loads((path / "config.json").read_text())
+    config["cohorts"][0] |= {"devices": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    assert devices_of(path) == 64 and devices_of(tmp_path) == 0
+    with pytest.raises(BadInput, match=r"config.json: lays out group g0 otherwise than .*--devices=64: this machine"):
+        run(sweep(), path, progress=False, keep_params=False)
+
+
+def test_a_launch_that_came_and_went_between_check_and_lock_is_seen(whole, tmp_path, monkeypatch):
+    """Another launch adds members and ends while this one builds its rules: nothing of it is forgotten."""
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+
+    class Meanwhile(RulePools):
+        def __init__(self, members):
+            super().__init__(members)
+            monkeypatch.setattr("instrdiv.run.RulePools", RulePools)
+            run(sweep(seeds=3), path, **EVERY_CHUNK)
+
+    monkeypatch.setattr("instrdiv.run.RulePools", Meanwhile)
+    with pytest.raises(BadInput, match=r"holds another run, which differs in seed \(0,1,2 there, 0,1,3 asked for\)"):
+        members = (*sweep().members, dataclasses.replace(sweep().members[0], seed=3))
+        run(dataclasses.replace(sweep(), members=members), path, **EVERY_CHUNK)
+    assert len(SavedRun(path).sweep.members) == 6
+    assert run(sweep(seeds=3), path, **EVERY_CHUNK).results
+
+
+def test_checkpoints_of_other_members_are_refused(whole, tmp_path):
+    """Such as a directory that was copied by hand has: same rules, same shapes, another rate."""
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    (path / "results.csv").unlink()
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace('"learning_rate": 0.002', '"learning_rate": 0.005'))
+    with pytest.raises(BadInput, match=r"g0: holds checkpoints of other members"):
+        run(sweep(learning_rate=5e-3), path, **EVERY_CHUNK)
+
+
+def test_after_overwrite_the_message_says_how_to_go_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(Interrupted, match=r"The same command, without --overwrite, goes on from there"):
+        run(sweep(), tmp_path / "run", overwrite=True, schedule=Schedule(clock=StopAfter(2)), **EVERY_CHUNK)
+
+
 def test_overwrite_leaves_nothing_of_the_old_run(whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
@@ -212,6 +261,10 @@ class TestParams:
         with pytest.raises(BadInput, match=r"16: the checkpoint is damaged"):
             saved.params(saved.groups[0], 16)
         assert Checkpoints(tmp_path / "run/checkpoints/g0").steps() == [4, 8, 12, 16]  # reading sets nothing aside
+        lines = []
+        assert saved.params(saved.groups[0], say=lines.append)[0] == 12 and "16 is damaged" in lines[0]
+        with pytest.raises(BadInput, match="damaged"):  # not older parameters beside the tables of the last step
+            run(sweep(), tmp_path / "run", Options(devices=2), progress=False)
 
 
 def test_a_second_signal_acts_at_once():
