@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ class Checkpoints:
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None):
         self.path, self._say = path.absolute(), say
-        self._saving: int | None = None
-        self._whole: list[int] = []  # steps known to be whole that only serve to go on from, oldest first
+        self._saving: tuple[int, bool] | None = None  # its step, and whether it is to be kept
+        self._known: dict[int, bool] = {}  # steps that were written or read, likewise
         # Nothing is deleted by Orbax: what may go is decided here, when the next one is known to be on disk.
         self._manager = ocp.CheckpointManager(
             self.path,
@@ -117,35 +117,33 @@ class Checkpoints:
           BadInput: this save, or the one before, could not be written.
         """
         self.wait()
+        self._saving = (step, keep)
         arrays = named_leaves(state)
         digests = {name: digest.tolist() for name, digest in jax.device_get(_digests(arrays)).items()}
         text = json.dumps({"record": record, "digests": digests, "keep": keep})
         sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        with self._clear_errors(step):
+        with self._clear_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             saving = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(sealed))
             if not self._manager.save(step, args=saving, force=True):
                 raise OSError(f"step {step} is there already")
-        self._saving = None if keep else step
 
     def wait(self) -> None:
         """Waits until what was saved is on disk, then deletes what it makes superfluous. Raises BadInput."""
-        with self._clear_errors(self._saving):
+        with self._clear_errors():
             self._manager.wait_until_finished()
-            self._settle()
+            if self._saving is not None:
+                step, keep = self._saving
+                self._saving, self._known[step] = None, keep
+            passing = [step for step, keep in sorted(self._known.items()) if not keep]
+            for step in passing[:-2]:
+                self._manager.delete(step)
+                del self._known[step]
 
     def settle(self) -> None:
         """As ``wait``, but does nothing while a save is under way."""
         if not self._manager.is_saving_in_progress():
             self.wait()
-
-    def _settle(self) -> None:
-        if self._saving is not None:
-            self._whole.append(self._saving)
-            self._saving = None
-        while len(self._whole) > 2:
-            self._manager.delete(self._whole[0])
-            del self._whole[0]
 
     def read(self, step: int) -> Checkpoint:
         """Reads a checkpoint and checks every array.
@@ -170,8 +168,7 @@ class Checkpoints:
             raise Damaged(f"it cannot be read ({' '.join(str(error).split())[:120]})") from None
         if wrong:
             raise Damaged(f"{wrong[0]} has changed since it was written")
-        if not content["keep"]:
-            self._whole = sorted({*self._whole, step})
+        self._known[step] = content["keep"]
         return Checkpoint(step, arrays, content["record"])
 
     def latest(self) -> Checkpoint | None:
@@ -206,8 +203,7 @@ class Checkpoints:
                     keep = json.loads(sealed["record"]["text"])["keep"]
                 except Exception:  # half deleted, say: it served only to go on from
                     keep = False
-                if not keep:
-                    self._whole = sorted({*self._whole, step})
+                self._known[step] = keep
 
     def remove_unfinished(self) -> None:
         """Removes what saves that failed, or were cut short, have left."""
@@ -226,32 +222,23 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # what could go wrong is what went wrong already
             self.close()
 
-    def _clear_errors(self, step: int | None) -> _ClearErrors:
-        return _ClearErrors(self, step)
-
-
-class _ClearErrors:
-    """Turns whatever a failed save raises into one line that says what is left."""
-
-    def __init__(self, checkpoints: Checkpoints, step: int | None):
-        self.checkpoints, self.step = checkpoints, step
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is None or not isinstance(error, Exception):
-            return
-        self.checkpoints.remove_unfinished()
-        whole = self.checkpoints._whole
-        left = f"the last whole one is that of step {whole[-1]}" if whole else "there is none before it"
-        what = "an old checkpoint cannot be deleted"
-        if self.step is not None:
-            what = f"the checkpoint of step {self.step} cannot be written"
-        raise BadInput(
-            f"{self.checkpoints.path}: {what} ({_reason(error)}); {left}. "
-            "Mend that, and the same command, without --overwrite, goes on from there"
-        ) from error
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Turns whatever a failed save or deletion raises into one line that says what is left."""
+        try:
+            yield
+        except Exception as error:
+            self.remove_unfinished()
+            what = "an old checkpoint cannot be deleted"
+            if self._saving is not None:
+                what = f"the checkpoint of step {self._saving[0]} cannot be written"
+            left = (
+                f"the last whole one is that of step {max(self._known)}" if self._known else "there is none before it"
+            )
+            raise BadInput(
+                f"{self.path}: {what} ({_reason(error)}); {left}. "
+                "Mend that, and the same command, without --overwrite, goes on from there"
+            ) from error
 
 
 #: What the system says of itself, not of a file; the words reach us through the messages of other libraries.

@@ -176,9 +176,21 @@ def start(main: Callable[[], None]) -> None:
         except OSError as error:  # a full disk, say
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")  # where a save of Orbax's failed
-    logging.set_verbosity(logging.FATAL)  # what Orbax has to say of a failed save comes as one line of ours
+    _quieten_orbax()
     app.run(guarded, flags_parser=parse)
+
+
+def _quieten_orbax() -> None:
+    """A save or a read that fails is one line of ours; what its threads and coroutines add is noise."""
+    logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:

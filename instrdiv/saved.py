@@ -130,18 +130,19 @@ class SavedRun:
                 listed = f"saved are {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
                 asked = "" if step is None else f"--step={step}: "
                 raise BadInput(f"{asked}{checkpoints.path} has no such checkpoint; {listed}")
-            why = None
+            damaged = []
             for number in saved[::-1] if step is None else [step]:
                 try:
                     found = checkpoints.read(number)
                 except Damaged as error:
-                    why = error
-                    say(f"checkpoint {checkpoints.path / str(number)} is damaged: {error}")
+                    damaged.append(f"{checkpoints.path / str(number)}: the checkpoint is damaged: {error}")
                     continue
+                for line in damaged:
+                    say(f"{line}; that of step {number} is used")
                 members = len(group.members)
                 params = _nested({n: a[:members] for n, a in found.arrays.items() if n.startswith("params.")})
                 return number, params["params"], found.arrays["diverged_at"][:members]
-            raise BadInput(f"{checkpoints.path / str(number)}: the checkpoint is damaged: {why}")
+            raise BadInput(damaged[0])
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other launches out while entered. Raises BadInput where one is running."""

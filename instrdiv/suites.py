@@ -271,7 +271,7 @@ def evaluate(
     for group, _ in chosen:
         if step is not None and step not in saved.steps(group):
             listed = ", ".join(map(str, saved.steps(group))) or "none"
-            raise BadInput(f"--step={step}: is not saved for group {group.name}; saved are: {listed}")
+            raise BadInput(f"--step={step}: is not saved for group {group.name}; saved are {listed}")
     subjects = [group.members[row] for group, rows in chosen for row in rows]
     layout = (options or Options()).resolve(subjects)
     pools = RulePools(subjects)

@@ -240,8 +240,7 @@ class TestTransformers:
 def saved(tmp_path_factory):
     """A run directory with two members, whose saved parameters nobody trained; and these, by step and row."""
     path, sweep = tmp_path_factory.mktemp("run"), Sweep.grid(tiny(), seeds=2)
-    cohorts = RunDirectory.check(path, sweep, Options(devices=1), overwrite=False)
-    with RunDirectory.begin(path, sweep, cohorts, overwrite=False) as directory:
+    with RunDirectory.begin(path, sweep, Options(devices=1), overwrite=False) as directory:
         (group,) = directory.groups
         trees = {step: [random_params(group, seed=step + row) for row in range(2)] for step in (8, 16)}
         checkpoints = directory.checkpoints(group)

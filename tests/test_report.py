@@ -25,7 +25,7 @@ from instrdiv.results import (
     write_json,
     write_table,
 )
-from instrdiv.saved import Cohort, RunDirectory
+from instrdiv.saved import RunDirectory
 from instrdiv.settings import BadInput
 from instrdiv.sweep import Options, Sweep
 from tests.worlds import TINY, tiny
@@ -74,7 +74,7 @@ def make_run(directory, figure="fig", seeds=2, reports=5, diverged=(), **values)
 
 def begin(directory, sweep):
     """A run directory with its config.json."""
-    with RunDirectory.begin(directory, sweep, [Cohort(sweep.members, Options(2, 1, 1))], overwrite=False):
+    with RunDirectory.begin(directory, sweep, Options(2, 1, 1), overwrite=False):
         pass
 
 
