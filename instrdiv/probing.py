@@ -71,6 +71,7 @@ class _GroupForecast:
     test_seconds: float
     device_bytes: int
     probe_bytes: int
+    state_bytes: int
 
 
 def forecast(sweep: Sweep, options: Options) -> Forecast:
@@ -78,15 +79,15 @@ def forecast(sweep: Sweep, options: Options) -> Forecast:
     options = options.resolve(sweep.members)
     pools = RulePools(sweep.members)
     groups = [_probe(group, options, pools, sweep) for group in make_groups(sweep.members)]
-    # Groups follow one another. What the probe took of this process, a run takes, too.
-    more = max((group.device_bytes - group.probe_bytes for group in groups), default=0)
-    on_cpu = (options.devices or 0) * more if jax.default_backend() == "cpu" else 0
+    # Groups follow one another. What the probe took of this process, a run takes; and a copy of the state, to save.
+    on_cpu = options.devices if jax.default_backend() == "cpu" else 0
+    more = max((on_cpu or 0) * (group.device_bytes - group.probe_bytes) + group.state_bytes for group in groups)
     return Forecast(
         compile_seconds=sum(group.compile_seconds for group in groups),
         training_seconds=sum(group.training_seconds for group in groups),
         test_seconds=sum(group.test_seconds for group in groups),
         device_bytes=max(group.device_bytes for group in groups),
-        host_bytes=peak_host_bytes() + max(0, on_cpu),
+        host_bytes=peak_host_bytes() + max(0, more),
     )
 
 
@@ -161,6 +162,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _G
         test_seconds=blocks * (((config.chunks + 1) * dev + 2 * rest) * piece_seconds + rest * decode_seconds),
         device_bytes=_peak_bytes(full),
         probe_bytes=probe_bytes,
+        state_bytes=size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_member(group))),
     )
 
 

@@ -273,6 +273,8 @@ class _GroupRun:
         self.reporter.working(f"group {self.group.name}: compiling for {len(self.group.members)} members")
         dev = list(self._test_pieces("unseen_dev"))
         pending, self._clock, self._compiling = None, time.monotonic(), True
+        # Compiled before there is a chunk to run: its memory would come on top.
+        jax.block_until_ready(self.evaluator.count(dev[:1]))
         while trainer.step < config.steps:
             metrics = trainer.advance()
             # A copy: the state itself is donated to the next chunk.
@@ -281,7 +283,7 @@ class _GroupRun:
                 self._report(*pending)
             pending = running
             save = trainer.step == config.steps or self._is_save_due()
-            if save or self._compiling:  # what ran while the tests were compiled would make the next rate a wonder
+            if save or self._compiling:  # what runs while this process compiles would make the next rate a wonder
                 self._report(*pending)
                 pending = None
             if save:
