@@ -18,7 +18,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from instrdiv.settings import BadInput
 
@@ -239,6 +242,19 @@ class Checkpoints:
                 f"{self.path}: {what} ({_reason(error)}); {left}. "
                 "Mend that, and the same command, without --overwrite, goes on from there"
             ) from error
+
+
+def quieten_orbax() -> None:
+    """For commands: what fails in Orbax is one line of ours; what its threads and coroutines add to it is noise."""
+    logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 #: What the system says of itself, not of a file; the words reach us through the messages of other libraries.

@@ -13,16 +13,15 @@ import os
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from instrdiv import thresholds
-from instrdiv.checkpoints import Schedule
+from instrdiv.checkpoints import Schedule, quieten_orbax
 from instrdiv.interruption import Interrupted
 from instrdiv.probing import forecast
 from instrdiv.report import write_report
@@ -176,21 +175,8 @@ def start(main: Callable[[], None]) -> None:
         except OSError as error:  # a full disk, say
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
-    _quieten_orbax()
+    quieten_orbax()
     app.run(guarded, flags_parser=parse)
-
-
-def _quieten_orbax() -> None:
-    """A save or a read that fails is one line of ours; what its threads and coroutines add is noise."""
-    logging.set_verbosity(logging.FATAL)
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    show = sys.unraisablehook
-
-    def show_others(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            show(unraisable)
-
-    sys.unraisablehook = show_others
 
 
 def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:

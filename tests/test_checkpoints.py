@@ -172,8 +172,8 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
 
 FULL = """
 import resource, sys
-from absl import logging
-logging.set_verbosity(logging.FATAL)  # as the commands do
+from instrdiv.checkpoints import quieten_orbax
+quieten_orbax()  # as the commands do
 from tests.test_checkpoints import Checkpoints, BadInput, save, state, RECORD
 checkpoints = Checkpoints(__import__("pathlib").Path(sys.argv[1]))
 save(checkpoints, 1, 2)
