@@ -40,11 +40,28 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert (tmp_path / "run" / "results.csv").read_bytes() == results and "step" not in again.stderr
 
 
+def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_goes_on(tmp_path):
+    flags = ("--preset=smoke", "--config.epochs=200", "--config.reports=40", f"--run_dir={tmp_path / 'run'}")
+    arguments = [sys.executable, "-m", FIG2A, *flags]
+    running = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    for line in running.stderr:
+        if ", step " in line:
+            running.terminate()
+            break
+    *_, said = running.stderr.read().splitlines()
+    assert running.wait() == launcher.STOPPED == 75
+    found = re.fullmatch(r"stopped and saved: group g0, step (\d+) of 3200. The same command goes on from there", said)
+    assert found and 0 < int(found[1]) < 3200, said
+    again = command(FIG2A, *flags)
+    assert again.returncode == 0 and f"group g0: goes on from step {found[1]}" in again.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("preset", ["laptop", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gpu", "paper"))])
 def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
     done = command(FIG2A, f"--preset={preset}", "--dry_run", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
-    for word in ("members in 1 group(s)", "parameters each", "FLOPs", "at the peak", "ETA"):
+    for word in ("members in 1 group(s)", "parameters each", "FLOPs", "at the peak", "ETA", "from a short probe"):
         assert word in done.stdout
 
 
