@@ -113,6 +113,8 @@ def run(
         if (path / "config.json").exists() and not overwrite:
             there = SavedRun(path)
             if len(there.cohorts) == len(cohorts) and there.is_finished():
+                if progress:
+                    Reporter(0).note(f"{path}: finished earlier, read back")
                 return _read_back(there, keep_params)
     pools = RulePools(sweep.members)
     for source in {member.setting.rule_source for member in sweep.members}:
