@@ -204,8 +204,10 @@ class Checkpoints:
                 try:
                     sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
                     keep = json.loads(sealed["record"]["text"])["keep"]
-                except Exception:  # half deleted, say: it served only to go on from
-                    keep = False
+                except Exception as error:
+                    if _is_passing(error):
+                        continue  # it may be one to keep
+                    keep = False  # half deleted: it served only to go on from
                 self._known[step] = keep
 
     def remove_unfinished(self) -> None:
