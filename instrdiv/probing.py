@@ -134,6 +134,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _G
         trainer.state, metrics = program(*arguments())
         return metrics
 
+    jax.block_until_ready(train())
     step_seconds = _time(train) / steps * config.batch_size / batch
 
     evaluator = Evaluator(trainer, piece_size(sweep.dev_tests, sweep.tests, options.data_parallel))
@@ -189,8 +190,7 @@ def _peak_bytes(program: Any) -> int:
 
 
 def _time(work: Callable[[], Any]) -> float:
-    """Seconds of one call, the first one left out."""
-    jax.block_until_ready(work())
+    """Seconds of one call; it has been called before, so that it is compiled."""
     calls, started = 0, time.monotonic()
     while calls < 2 or time.monotonic() - started < _SECONDS:
         jax.block_until_ready(work())
