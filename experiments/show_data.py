@@ -54,7 +54,8 @@ def rows(setting: Setting, split: str, count: int, seed: int, dev_tests: int) ->
         make = jax.jit(jax.vmap(lambda rule, i: sample_test(group.shape, data, rule, stream, i)))
         batch = make(Rules.from_table(tests.rules[0][:count]), np.arange(count))
         first = {"unseen_dev": 0, "unseen": dev_tests}
-        rule_ids = seen_rules(member, count) if split == "seen" else first[split] + np.arange(count)
+        seen = split.startswith("seen")
+        rule_ids = seen_rules(member, count, split == "seen_by_share") if seen else first[split] + np.arange(count)
     alphabet, result = alphabet_of(setting), []
     columns = map(np.asarray, (batch.tokens, batch.occurrences, batch.near_miss))
     for rule_id, tokens, occurrences, near_miss in zip(rule_ids, *columns, strict=True):

@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 from instrdiv.population import TEST_STREAM, Group, MemberData, RulePools, build_rules, over_members, put, stream_key
 from instrdiv.results import Row
 from instrdiv.rewriting.examples import Example, Rules, TaskShape, make_example
-from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, seen_in
+from instrdiv.rewriting.rules import RuleSource, RuleTable, seen_in
 from instrdiv.settings import Member
 from instrdiv.thresholds import exact_interval
 from instrdiv.training import Trainer, exact_matches, make_decoder, predict
 
-#: Splits: trained rules with fresh inputs; held-out rules for curves and tuning; held-out rules for the end.
-SPLITS = ("seen", "unseen_dev", "unseen")
+#: Splits: trained rules with fresh inputs, each rule equally often; held-out rules for curves and tuning; held-out
+#: rules for the end; trained rules as often as they were trained. Each with the number of its stream of inputs.
+SPLITS = {"seen": 0, "unseen_dev": 1, "unseen": 2, "seen_by_share": 0}
 
 #: slice -> which test examples belong to it. ``seen`` is bool [B, 2]: the rule's pattern (replacement) was trained on.
 SLICES = {
@@ -64,10 +65,16 @@ def held_out_rules(source: RuleSource, dev_tests: int, tests: int) -> dict[str, 
     return {"unseen_dev": rules[:dev_tests], "unseen": rules[dev_tests:]}
 
 
-def seen_rules(member: Member, tests: int) -> np.ndarray:
-    """Trained rules to test on, as places in the pool int32 [tests]: each rule that has an example equally often."""
-    s = member.setting
-    counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
+def seen_rules(member: Member, tests: int, by_share: bool = False) -> np.ndarray:
+    """Trained rules to test on, as places in the pool int32 [tests].
+
+    Each rule that has an example equally often; or each with the share of the examples that it has.
+    """
+    counts = member.rule_counts()
+    if by_share:
+        words = np.random.Philox(key=np.array([member.seed, 0x7368617265], np.uint64)).random_raw(tests)
+        examples = (words % np.uint64(member.setting.examples)).astype(np.int64)
+        return np.searchsorted(np.cumsum(counts), examples, side="right").astype(np.int32)
     trained = np.flatnonzero(counts)
     words = np.random.Philox(key=np.array([member.seed, 0x7365656E], np.uint64)).random_raw(len(trained))
     order = trained[np.argsort(words, kind="stable")]
@@ -76,8 +83,8 @@ def seen_rules(member: Member, tests: int) -> np.ndarray:
 
 def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_tests: int, tests: int) -> TestSet:
     """The tests of a split for these members."""
-    if split == "seen":
-        tables = [pools.of(member)[seen_rules(member, tests)] for member in members]
+    if split in ("seen", "seen_by_share"):
+        tables = [pools.of(member)[seen_rules(member, tests, split == "seen_by_share")] for member in members]
         return TestSet(split, tables, [np.zeros((tests, 2), bool)] * len(members))
     tables = [held_out_rules(member.setting.rule_source, dev_tests, tests)[split] for member in members]
     seen = []
@@ -90,7 +97,7 @@ def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_t
 
 def stream_of_split(split: str, split_seed: int) -> int:
     """The number that a split's inputs are keyed by."""
-    return split_seed * len(SPLITS) + SPLITS.index(split)
+    return split_seed * len(set(SPLITS.values())) + SPLITS[split]
 
 
 def sample_test(shape: TaskShape, data: MemberData, rule: Rules, stream, index) -> Example:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.rewriting.examples import Example, Knobs, Rules, TaskShape, make_example
-from instrdiv.rewriting.rules import FamilyTooSmall, RuleSource, RuleTable, rule_counts
+from instrdiv.rewriting.rules import FamilyTooSmall, RuleSource, RuleTable
 from instrdiv.settings import BadInput, Member, Setting, StaticFields
 
 #: Uses of randomness that must not share keys; folded into a key with the seed.
@@ -198,9 +198,8 @@ def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, Memb
 
     def data(member: Member) -> dict[str, Any]:
         s = member.setting
-        counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, member.seed)
         cumulative = np.full(longest, s.examples, np.int32)
-        cumulative[: s.instructions] = np.cumsum(counts)
+        cumulative[: s.instructions] = np.cumsum(member.rule_counts())
         return {
             "seed": np.uint32(member.seed),
             "pool": np.int32(rows[member.seed, s.rule_source]),

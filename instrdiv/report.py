@@ -121,7 +121,7 @@ class _Tables:
 
         self.fields = varying(list(self.rows.values())) or ("instructions",)
         self.settings: dict[tuple, list[str]] = {}
-        for id in sorted(self.members, key=lambda id: (_order(self.key(id)), self.members[id].seed)):
+        for id in sorted(self.members, key=lambda id: (thresholds.ordering(self.key(id)), self.members[id].seed)):
             self.settings.setdefault(self.key(id), []).append(id)
         self.diverged = {row["member"]: _step_of(row["status"]) for row in self.results if row["status"] != "ok"}
 
@@ -186,14 +186,9 @@ def _thresholds(run: _Tables) -> list[tuple[str, str]]:
     if "instructions" not in run.fields:
         return []
     others = [name for name in run.fields if name != "instructions"]
-    groups: dict[tuple, list[Row]] = {}
-    for row in thresholds.select(run.results, "unseen", "has_op"):
-        groups.setdefault(tuple(run.rows[row["member"]][name] for name in others), []).append(row)
-    return [
-        (_label(others, key), thresholds.threshold(rows).text)
-        for key, rows in sorted(groups.items(), key=lambda item: _order(item[0]))
-        if len({row["instructions"] for row in rows}) > 1
-    ]
+    rows = [row | run.rows[row["member"]] for row in thresholds.select(run.results, "unseen", "has_op")]
+    found = thresholds.by_setting(rows, others)
+    return [(_label(others, key), threshold.text) for key, threshold in found.items() if len(threshold.values) > 1]
 
 
 def _summary(run: _Tables) -> list[dict[str, Any]]:
@@ -461,11 +456,6 @@ def _duration(seconds: float) -> str:
 def _step_of(status: str) -> int:
     """The step in ``diverged at step N``."""
     return int(status.rpartition(" ")[2])
-
-
-def _order(key: tuple) -> tuple:
-    """Sorts values of any kinds: numbers, then text."""
-    return tuple((isinstance(value, str), value) for value in key)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

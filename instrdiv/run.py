@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -369,7 +370,10 @@ class _GroupRun:
     def test(self) -> None:
         """Makes the rows of results.csv: every member, split and slice that has tests."""
         diverged = np.asarray(self.trainer.state.diverged_at)
-        for split in ("unseen_dev", "unseen", "seen"):
+        splits = ["unseen_dev", "unseen", "seen"]
+        if any(math.isfinite(member.setting.tail_shape) for member in self.group.members):
+            splits.append("seen_by_share")
+        for split in splits:
             self._stop_if_asked()
             self.reporter.working(f"group {self.group.name}: testing {split}")
             counts = np.asarray(self.evaluator.count(self._test_pieces(split)))

@@ -22,6 +22,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from instrdiv.rewriting import rules
 from instrdiv.rewriting.alphabet import LETTERS, Alphabet
 from instrdiv.rewriting.examples import TaskShape
@@ -373,6 +375,11 @@ class Member:
         row, default = self.setting.as_row(), DEFAULT_ROW
         text = json.dumps({k: v for k, v in row.items() if v != default[k]} | {"seed": self.seed}, sort_keys=True)
         return "m" + hashlib.sha256(text.encode()).hexdigest()[:9]
+
+    def rule_counts(self) -> np.ndarray:
+        """How many of the N training examples use each of its rules: int32 [I]; see ``rules.rule_counts``."""
+        s = self.setting
+        return rules.rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, self.seed)
 
 
 def alphabet_of(setting: StaticFields) -> Alphabet:

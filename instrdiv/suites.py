@@ -21,7 +21,15 @@ import numpy as np
 
 from instrdiv.decoding import Answers, GroupDecoder, Prompts
 from instrdiv.errors import ERRORS, classify
-from instrdiv.evaluation import SLICES, identity, make_test_set, result_row, seen_rules, status_of, stream_of_split
+from instrdiv.evaluation import (
+    SLICES,
+    identity,
+    make_test_set,
+    result_row,
+    seen_rules,
+    status_of,
+    stream_of_split,
+)
 from instrdiv.population import (
     SUITE_STREAM,
     TEST_STREAM,
@@ -37,7 +45,7 @@ from instrdiv.results import Row
 from instrdiv.rewriting.alphabet import END
 from instrdiv.rewriting.examples import Rules, TaskShape
 from instrdiv.rewriting.families import FAMILIES
-from instrdiv.rewriting.rules import RuleSource, RuleTable, rule_counts, same_strings, seen_in
+from instrdiv.rewriting.rules import RuleSource, RuleTable, same_strings, seen_in
 from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput, Member, Setting, alphabet_of
 from instrdiv.sweep import Options, Sweep
@@ -66,9 +74,7 @@ class Subject:
     @functools.cached_property
     def trained(self) -> RuleTable:
         """The rules it was trained on: those of its pool that have an example."""
-        s = self.member.setting
-        counts = rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, self.member.seed)
-        return self.pool[np.flatnonzero(counts)]
+        return self.pool[np.flatnonzero(self.member.rule_counts())]
 
 
 @dataclasses.dataclass(frozen=True)

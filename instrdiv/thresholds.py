@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,10 @@ class Interval:
     low: float
     high: float
     count: int
+
+
+#: The interval of no values.
+NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
 
 def exact_interval(successes: int, tests: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -83,13 +88,16 @@ class Threshold:
     """I50 of a figure.
 
     Attributes:
-      per_seed: crossing of every seed that has all its points.
+      values: what was tested, ascending.
+      per_seed: crossing of every seed that lacks no point.
       interval: geometric mean over the seeds that have one, with its t-interval in log I; NaN where no seed has one.
-      outside: seeds whose curve passes one half outside the tested range; they are not in the mean, so say how many.
-      incomplete: seeds that lack a point, such as that of a diverged member; they are left out likewise.
+      outside: seeds whose curve passes one half outside the range it was tested in; they are not in the mean, so say
+        how many.
+      incomplete: seeds that lack a point between their own, such as that of a diverged member; left out likewise.
       below, above: the tested values that bracket every seed's crossing.
     """
 
+    values: tuple[float, ...]
     per_seed: dict[int, Crossing]
     interval: Interval
     outside: int
@@ -109,7 +117,8 @@ class Threshold:
             return f"no threshold: the curves pass one half, if at all, {where} the tested range ({seeds} seeds)"
         text = f"I50 = {self.interval.mean:,.0f}"
         if not math.isnan(self.interval.low):
-            text += f" (95 % interval {self.interval.low:,.0f} to {self.interval.high:,.0f} over {seeds} seeds)"
+            low, high, count = self.interval.low, self.interval.high, self.interval.count
+            text += f" (95 % interval {low:,.0f} to {high:,.0f} over {count} seeds)"
         text += f", between the tested {self.below:,.0f} and {self.above:,.0f}"
         if self.outside:
             text += f"; {self.outside} of {seeds} seeds pass outside the tested range and are left out"
@@ -124,22 +133,74 @@ def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
 
 
 def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
-    """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row."""
-    values, seeds = {row[x] for row in rows}, sorted({row["seed"] for row in rows})
+    """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row.
+
+    Some seeds may have been tested at some neighbouring values only: more seeds where the step is.
+    """
+    values, seeds = sorted({row[x] for row in rows}), sorted({row["seed"] for row in rows})
     per_seed = {}
     for seed in seeds:
         points = [row for row in rows if row["seed"] == seed]
-        if {row[x] for row in points} == values:
+        tested = sorted({row[x] for row in points})
+        first = values.index(tested[0])
+        if len(tested) > 1 and tested == values[first : first + len(tested)]:
             per_seed[seed] = crossing([row[x] for row in points], [row["exact_match"] for row in points])
     incomplete = len(seeds) - len(per_seed)
     inside = [c for c in per_seed.values() if not math.isnan(c.value)]
     if not inside:
-        nothing = Interval(math.nan, math.nan, math.nan, 0)
-        return Threshold(per_seed, nothing, len(per_seed), incomplete, math.nan, math.nan)
-    logs = mean_interval([math.log(c.value) for c in inside])
-    interval = Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.count)
+        return Threshold(tuple(values), per_seed, NOTHING, len(per_seed), incomplete, math.nan, math.nan)
+    interval = _exponential([math.log(c.value) for c in inside])
     bracket = min(c.below for c in inside), max(c.above for c in inside)
-    return Threshold(per_seed, interval, len(per_seed) - len(inside), incomplete, *bracket)
+    return Threshold(tuple(values), per_seed, interval, len(per_seed) - len(inside), incomplete, *bracket)
+
+
+def by_setting(rows: Sequence[Row], fields: Sequence[str], x: str = "instructions") -> dict[tuple, Threshold]:
+    """The threshold of every combination of values of ``fields``, in the order of the values."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in fields), []).append(row)
+    return {key: threshold(groups[key], x) for key in sorted(groups, key=ordering)}
+
+
+def ordering(key: tuple) -> list[tuple[bool, Any]]:
+    """For sorting values of settings: numbers before names."""
+    return [(isinstance(value, str), value) for value in key]
+
+
+def ratio(found: Threshold, baseline: Threshold, comparisons: int = 1) -> Interval:
+    """How many times higher one threshold is than another's: geometric mean over the seeds that have both.
+
+    The t-interval is of the seeds' own ratios, at a confidence of 1 - 0.05 / ``comparisons`` (Bonferroni), so that with
+    95 % confidence all the intervals hold that a baseline is compared in. NaN where no seed has both.
+    """
+    ours, theirs = (
+        {seed: c.value for seed, c in t.per_seed.items() if not math.isnan(c.value)} for t in (found, baseline)
+    )
+    logs = [math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return _exponential(logs, 1 - 0.05 / comparisons)
+
+
+def trend(levels: Mapping[float, Threshold], comparisons: int = 1) -> Interval:
+    """The exponent b of a fit I50 ~ level ** b: mean over seeds of each seed's least-squares slope in logs.
+
+    Seeds that lack the threshold of a level are left out; the interval is as in ``ratio``. NaN where no seed is left.
+    """
+    seeds = sorted(set.intersection(*(set(found.per_seed) for found in levels.values())))
+    x = np.log(list(levels))
+    slopes = []
+    for seed in seeds:
+        y = np.log([found.per_seed[seed].value for found in levels.values()])
+        if np.isfinite(y).all():
+            slopes.append(float(np.polyfit(x, y, 1)[0]))
+    return mean_interval(slopes, 1 - 0.05 / comparisons) if slopes else NOTHING
+
+
+def _exponential(logs: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Geometric mean and interval of values from their logarithms."""
+    if not logs:
+        return NOTHING
+    found = mean_interval(logs, confidence)
+    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.count)
 
 
 def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[float]]:

@@ -1,14 +1,26 @@
 """Exact match against a plain Python count, and what the splits and slices contain."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 
-from instrdiv.evaluation import SLICES, Evaluator, held_out_rules, make_test_set, sample_test, stream_of_split
+from instrdiv.evaluation import (
+    SLICES,
+    Evaluator,
+    held_out_rules,
+    make_test_set,
+    sample_test,
+    seen_rules,
+    stream_of_split,
+)
 from instrdiv.population import RulePools
 from instrdiv.rewriting.alphabet import Alphabet
 from instrdiv.rewriting.examples import Rules
+from instrdiv.run import run
 from instrdiv.settings import Member
+from instrdiv.sweep import Sweep
 from instrdiv.training import make_decoder
 from tests.worlds import members, tiny, trainer
 
@@ -107,3 +119,26 @@ def test_members_of_different_splits_share_a_group_and_have_their_own_tests():
 
 def test_splits_have_inputs_of_their_own():
     assert len({stream_of_split(split, seed) for split in ("seen", "unseen_dev", "unseen") for seed in range(5)}) == 15
+
+
+class TestSeenByShare:
+    """Trained rules, tested as often as they were trained."""
+
+    LOPSIDED = Member(tiny(instructions=16, examples=4096, tail_shape=0.2), seed=3)
+
+    def test_shares_are_those_of_the_training_set(self):
+        tested = np.bincount(seen_rules(self.LOPSIDED, 20_000, by_share=True), minlength=16) / 20_000
+        counts = self.LOPSIDED.rule_counts()
+        assert counts.max() > 4 * np.median(counts)
+        np.testing.assert_allclose(tested, counts / 4096, atol=0.015)
+        assert not tested[counts == 0].any()
+
+    def test_the_other_split_tests_every_trained_rule_equally_often(self):
+        tested = np.bincount(seen_rules(self.LOPSIDED, 160), minlength=16)
+        trained = self.LOPSIDED.rule_counts() > 0
+        assert tested[trained].min() >= 10 and not tested[~trained].any()
+
+    @pytest.mark.parametrize("tail_shape, splits", [(math.inf, 3), (0.2, 4)])
+    def test_only_a_run_with_a_long_tail_has_it(self, tail_shape, splits):
+        done = run(Sweep("tail", (Member(tiny(tail_shape=tail_shape), 0),), 8, 16), progress=False)
+        assert len({row["split"] for row in done.results}) == splits

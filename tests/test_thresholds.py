@@ -1,14 +1,16 @@
 """Thresholds and intervals against values worked out by hand or by an independent formula."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from instrdiv import thresholds
-from instrdiv.thresholds import crossing, exact_interval, mean_interval, threshold
+from instrdiv.thresholds import by_setting, crossing, exact_interval, mean_interval, ratio, threshold, trend
 
 
 def row(instructions, exact_match, seed=0, split="unseen", status="ok"):
@@ -71,6 +73,13 @@ class TestThreshold:
         assert "1 seeds lack a point" in found.text and "outside" not in found.text
         assert "each of the 2 seeds lacks a point" in threshold(table({0: {100: 0}, 1: {400: 1}})).text
 
+    def test_more_seeds_near_the_step_are_used(self):
+        few = {16: 0.0, 128: 0.0, 512: 1.0, 4096: 1.0}
+        found = threshold(table({0: few, 1: {128: 0.0, 512: 1.0}, 2: {16: 0.0, 512: 1.0}, 3: {512: 0.9, 4096: 1.0}}))
+        assert found.per_seed.keys() == {0, 1, 3} and (found.outside, found.incomplete) == (1, 1)
+        assert found.interval.mean == pytest.approx(256) and found.interval.count == 2
+        assert "over 2 seeds" in found.text and found.values == (16, 128, 512, 4096)
+
     def test_no_threshold_is_said(self):
         assert "no threshold" in threshold(table({0: {100: 0, 400: 0.1}})).text
 
@@ -132,3 +141,42 @@ def test_the_logistic_overlay_finds_a_logistic():
     y = 0.95 / (1 + np.exp(-(np.log(x) - np.log(300)) / 0.4))
     centre, width, top = thresholds.logistic_fit(x, y)
     assert (centre, width, top) == pytest.approx((300, 0.4, 0.95), rel=1e-3)
+
+
+class TestComparisons:
+    def thresholds(self, factor):
+        """Of sharp curves, at 200 * factor * 2 ** seed."""
+        per_seed = {s: threshold(table({s: {2**s * factor * 100: 0.0, 2**s * factor * 400: 1.0}})) for s in range(3)}
+        joined = {seed: found.per_seed[seed] for seed, found in per_seed.items()}
+        return dataclasses.replace(per_seed[0], per_seed=joined)
+
+    def test_a_ratio_is_of_the_seeds_own_thresholds(self):
+        """Seeds differ by factors of two; their ratios do not differ at all, so the interval is a point."""
+        found = ratio(self.thresholds(3), self.thresholds(1))
+        assert (found.mean, found.low, found.high) == pytest.approx((3, 3, 3)) and found.count == 3
+
+    def test_more_comparisons_make_wider_intervals(self):
+        a, b = (
+            threshold(table({s: {100: y, 400: 1.0} for s, y in enumerate(ys)})) for ys in ((0, 0.1, 0.2), (0, 0, 0))
+        )
+        one, four = ratio(a, b), ratio(a, b, comparisons=4)
+        logs = np.log([a.per_seed[s].value / 200 for s in range(3)])
+        half = float(stats.t.ppf(1 - 0.05 / 8, 2)) * logs.std(ddof=1) / math.sqrt(3)
+        assert four.low == pytest.approx(math.exp(logs.mean() - half)) and four.low < one.low < one.high < four.high
+
+    def test_seeds_without_a_threshold_are_left_out(self):
+        a = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 0.2}}))
+        assert ratio(a, a).count == 1 and ratio(a, threshold(table({1: {100: 0, 400: 1}}))).count == 0
+
+    @given(st.floats(-2, 2))
+    def test_a_trend_is_the_exponent(self, exponent):
+        levels = {level: self.thresholds(level**exponent) for level in (1, 2, 8)}
+        found = trend(levels)
+        assert found.mean == pytest.approx(exponent, abs=1e-9) and found.high - found.low < 1e-6
+        assert math.isnan(trend({1: threshold(table({0: {1: 0, 2: 0}})), 2: self.thresholds(1)}).mean)
+
+    def test_by_setting_tells_settings_apart(self):
+        rows = [r | {"width": w} for w in (64, 8) for r in table({0: {100: 0, 400: 1 - (w == 8)}})]
+        found = by_setting(rows, ["width"])
+        assert list(found) == [(8,), (64,)] and found[64,].interval.mean == pytest.approx(200)
+        assert math.isnan(found[8,].interval.mean)
