@@ -9,9 +9,9 @@ of the run, in place of those of an earlier evaluation of the same members, step
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
 from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, start, use_cpu_cores
+from instrdiv.progress import telling
 from instrdiv.results import Row
 from instrdiv.saved import SavedRun
 from instrdiv.settings import BadInput
@@ -70,15 +70,8 @@ def main() -> None:
         raise BadInput("--run_dir=DIR: name the run to evaluate")
     use_cpu_cores(FLAGS.devices)
     saved = SavedRun(FLAGS.run_dir)
-    suites = list(SUITES) if FLAGS.suite == "all" else [FLAGS.suite]
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    with saved.locked(), console.status("") as status:
-
-        def say(line: str) -> None:
-            status.update(line)
-            if not console.is_terminal:
-                console.print(line)
-
+    suites = SUITES if FLAGS.suite == "all" else {FLAGS.suite: SUITES[FLAGS.suite]}
+    with saved.locked(), telling() as say:
         outcome = evaluate(
             saved, suites, FLAGS.members, FLAGS.step, FLAGS.tests, Options(FLAGS.devices), FLAGS.show, say
         )

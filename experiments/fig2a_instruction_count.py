@@ -15,12 +15,13 @@ paper    one H200          20-35 hours     not run: time is extrapolated; report
                                            about 1 from I = 1,000 on, whatever the number of examples each
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from instrdiv import plots
 from instrdiv.launcher import Figure, Preset, launch
 from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.run import Run
+from instrdiv.results import Row
 from instrdiv.thresholds import instruction_step_claims
 
 REPORTED_STEP = (300, 1000)
@@ -53,8 +54,8 @@ PRESETS = {
 }
 
 
-def draw(run: Run, path_stem: Path) -> None:
-    plots.instruction_curve(run.results, path_stem, reported_band=REPORTED_STEP)
+def draw(results: Sequence[Row], path_stem: Path) -> None:
+    plots.instruction_curve(results, path_stem, reported_band=REPORTED_STEP)
 
 
 FIGURE = Figure("fig2a_instruction_count", PRESETS, draw, instruction_step_claims)

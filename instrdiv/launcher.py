@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -24,11 +25,13 @@ from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule, quieten_orbax
 from instrdiv.interruption import Interrupted
 from instrdiv.probing import forecast
+from instrdiv.progress import telling
 from instrdiv.report import write_report
-from instrdiv.results import Row
-from instrdiv.run import Run, plan, run
-from instrdiv.saved import RunDirectory, devices_of
+from instrdiv.results import Row, at_the_end, read_cells, read_table
+from instrdiv.run import plan, run
+from instrdiv.saved import RunDirectory, SavedRun, devices_of
 from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.suites import Condition, evaluate
 from instrdiv.sweep import Options, Sweep
 
 # Flags defined by the functions below belong, in --help, to the launcher that calls them.
@@ -47,14 +50,19 @@ class Preset:
     Attributes:
       base: the setting that the figure varies.
       values: field of the setting -> the values it takes; their product is trained.
+      factors: name -> its levels, each a change of the base; for every level of those that ``--factor`` names, the
+        product is trained. ``{}`` is the base itself.
       seeds: models a setting.
+      seeds_at: number of instructions -> models a setting there, where that is more: near the step seeds differ most.
       dev_tests, tests: see ``Sweep``.
       judged: large enough to bear out, or contradict, what the papers say.
     """
 
     base: Setting
     values: Mapping[str, Sequence[Any]]
+    factors: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     seeds: int = 3
+    seeds_at: Mapping[int, int] = dataclasses.field(default_factory=dict)
     dev_tests: int = 256
     tests: int = 2_000
     judged: bool = True
@@ -67,14 +75,17 @@ class Figure:
     Attributes:
       name: as in the tables.
       presets: by name.
-      draw: (run, path without suffix) -> None; writes ``.png`` and ``.pdf``.
-      claims: what the papers say, checked on the results table.
+      draw: (rows of results.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``, and ``.csv`` where the
+        picture shows numbers that results.csv does not have.
+      claims: what the papers say, checked on the rows of results.csv; None where they say nothing.
+      conditions: the settings of a run -> what its members are tested under when all are trained, besides.
     """
 
     name: str
     presets: Mapping[str, Preset]
-    draw: Callable[[Run, Path], None]
-    claims: Callable[[Sequence[Row]], list[thresholds.Claim]]
+    draw: Callable[[Sequence[Row], Path], None]
+    claims: Callable[[Sequence[Row]], list[thresholds.Claim]] | None = None
+    conditions: Callable[[Sequence[Setting]], list[Condition]] | None = None
 
 
 def use_cpu_cores(devices: int | None = None) -> None:
@@ -92,6 +103,9 @@ def launch(figure: Figure) -> None:
     swept = {name for preset in figure.presets.values() for name in preset.values}
     define_preset_flag(figure.presets)
     define_setting_flags(swept)
+    factors = list(dict.fromkeys(name for preset in figure.presets.values() for name in preset.factors))
+    if factors:
+        _define(ListParser(_enum(factors)), "factor", "what is varied (default: all that the preset has)")
     whole = NumberParser(int, low=1)
     _define(whole, "seeds", "models a setting (default: the preset's)")
     _define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
@@ -120,9 +134,13 @@ def launch(figure: Figure) -> None:
         if FLAGS.overwrite or not devices_of(run_dir):
             print(plan(sweep, options).text, flush=True)
         schedule = Schedule(FLAGS.checkpoint_minutes, FLAGS.checkpoint_steps)
-        result = run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
-        figure.draw(result, run_dir / "figure")
-        claims = _judge(figure, result)
+        run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
+        if figure.conditions:
+            _test(figure, run_dir, options)
+        results = at_the_end(read_table(run_dir / "results.csv"))
+        figure.draw(results, run_dir / "figure")
+        claims = _judge(figure, results)
+        thresholds.write_claims(run_dir / "claims.csv", claims)
         report = write_report(run_dir, claims)
         print(f"report: {report}   picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
 
@@ -131,20 +149,33 @@ def launch(figure: Figure) -> None:
 
 def make_sweep(figure: Figure, preset: Preset) -> Sweep:
     """The sweep that a preset and the flags ask for."""
-    fixed = {name: value for name, value in setting_flags().items() if name not in preset.values}
-    lists = {name: setting_flags().get(name, values) for name, values in preset.values.items()}
+    given = setting_flags()
+    fixed = {name: value for name, value in given.items() if name not in preset.values}
+    lists = {name: given.get(name, values) for name, values in preset.values.items()}
     for name, values in lists.items():
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
             raise BadInput(f"--config.{name}={','.join(map(str, values))}: names {twice[0]} twice")
     base = dataclasses.replace(preset.base, **fixed)
+    changes: Sequence[Mapping[str, Any]] = [{}]
+    if preset.factors:
+        chosen = FLAGS.factor or list(preset.factors)
+        lacking = [name for name in chosen if name not in preset.factors]
+        if lacking:
+            raise BadInput(f"--factor={lacking[0]}: the preset {FLAGS.preset} has {', '.join(preset.factors)}")
+        changes = [level for name in chosen for level in preset.factors[name]]
     settings = [
-        dataclasses.replace(base, **dict(zip(lists, values, strict=True)))
+        dataclasses.replace(base, **change, **dict(zip(lists, values, strict=True)))
+        for change in changes
         for values in itertools.product(*lists.values())
     ]
-    seeds = FLAGS.seeds or preset.seeds
+    settings = list(dict.fromkeys(settings))  # the base is a level of every factor
     refuse_idle_flags(settings)
-    members = tuple(Member(setting, seed) for setting in settings for seed in range(seeds))
+
+    def seeds(setting: Setting) -> range:
+        return range(FLAGS.seeds or max(preset.seeds, preset.seeds_at.get(setting.instructions, 0)))
+
+    members = tuple(Member(setting, seed) for setting in settings for seed in seeds(setting))
     return Sweep(figure.name, members, FLAGS.dev_tests or preset.dev_tests, FLAGS.tests or preset.tests)
 
 
@@ -217,15 +248,13 @@ def refuse_idle_flags(settings: Sequence[Setting]) -> None:
 
 def _parser_for(kind: Any, choices: Sequence[str] | None) -> flags.ArgumentParser:
     if choices:
-        enum = flags.EnumParser(list(choices))
-        enum.syntactic_help = f"one of {', '.join(choices)}"
-        return enum
+        return _enum(choices)
     if isinstance(kind, types.UnionType):  # int | None
         kind = typing.get_args(kind)[0]
     if kind is bool:
         return _BoolParser()
     if typing.get_origin(kind) is tuple:
-        return ListParser(NumberParser(typing.get_args(kind)[0]))
+        return ListParser(NumberParser(typing.get_args(kind)[0]), separators=",+")
     return flags.ArgumentParser() if kind is str else NumberParser(kind)
 
 
@@ -250,14 +279,15 @@ class NumberParser(flags.ArgumentParser):
 
 
 class ListParser(flags.ArgumentParser):
-    """A comma-separated list."""
+    """A list; within a list, that of an inner parser is joined by '+', as in the tables: ``1,5,1+5``."""
 
-    def __init__(self, item: flags.ArgumentParser):
-        self.item = item
-        self.syntactic_help = f"a comma-separated list, each {item.syntactic_help or 'a string'}"
+    def __init__(self, item: flags.ArgumentParser, separators: str = ","):
+        self.item, self.separators = item, separators
+        names = {",": "comma", ",+": "comma- or plus"}
+        self.syntactic_help = f"a {names[separators]}-separated list, each {item.syntactic_help or 'a string'}"
 
     def parse(self, argument):
-        parts = argument.split(",") if isinstance(argument, str) else argument
+        parts = re.split(f"[{self.separators}]", argument) if isinstance(argument, str) else argument
         return tuple(self.item.parse(part.strip() if isinstance(part, str) else part) for part in parts)
 
 
@@ -289,15 +319,39 @@ def _define_switch(name: str, help: str) -> None:
     flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, False, help, boolean=True))
 
 
-def _judge(figure: Figure, result: Run) -> list[thresholds.Claim] | None:
+def _enum(choices: Sequence[str]) -> flags.ArgumentParser:
+    enum = flags.EnumParser(list(choices))
+    enum.syntactic_help = f"one of {', '.join(choices)}"
+    return enum
+
+
+def _test(figure: Figure, run_dir: Path, options: Options) -> None:
+    """Tests the members of a finished run under the figure's conditions, unless that was done."""
+    assert figure.conditions
+    saved = SavedRun(run_dir)
+    conditions = figure.conditions([member.setting for member in saved.sweep.members])
+    tested = {(row["member"], row["slice"].split("/")[0]) for row in read_cells(run_dir / "results.csv")}
+    if {(member.id, condition.name) for member in saved.sweep.members for condition in conditions} <= tested:
+        return
+    with saved.locked(), telling() as say:
+        outcome = evaluate(saved, {figure.name: lambda setting: conditions}, options=options, say=say)
+        saved.write_results(outcome.results, outcome.errors)
+    for line in outcome.left_out:
+        print(f"left out: {line}")
+
+
+def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | None:
     """Prints what became of the papers' claims, and returns them; None where the run cannot bear them out."""
+    if figure.claims is None:
+        print("verdict: none, the papers do not say")
+        return None
     if not figure.presets[FLAGS.preset].judged:
         print(f"verdict: none, the preset {FLAGS.preset} is too small to show anything")
         return None
     if setting_flags():
         print("verdict: none, the claims are about the preset's own settings")
         return None
-    claims = figure.claims(result.results)
+    claims = figure.claims(results)
     for claim in claims:
         print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
     print(f"verdict: {thresholds.verdict(claims)}")

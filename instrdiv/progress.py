@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -78,6 +79,20 @@ class Reporter:
             self._status.plain = status
         elif self._enabled:
             self._console.print(status, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Gives a function that says what is being done: in one changing line on a terminal, in plain lines elsewhere."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    with console.status("") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            if not console.is_terminal:
+                console.print(line)
+
+        yield say
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

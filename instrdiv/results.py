@@ -42,6 +42,8 @@ SAMPLE_COLUMNS = (
     *("figure", "group", "member", "seed", "step", "split", "slice"),
     *("pattern", "replacement", "input", "answer", "decoded", "error"),
 )
+#: Columns of claims.csv: what the papers say of a figure, and whether its table bears that out.
+CLAIM_COLUMNS = ("claim", "holds", "evidence")
 #: Columns of timings.csv: one row a report. Seconds include the tests on unseen_dev; where a row has ``compiled`` 1,
 #: they include compilation, and there is no rate. ``elapsed_seconds`` adds them up, over all launches, for a group;
 #: ``checkpoint_seconds``, besides, is how long training stood still for a checkpoint.
@@ -100,6 +102,14 @@ def merge_table(path: Path, rows: Iterable[Row], columns: Sequence[str], key: Se
         cells = {name: str(_cell(row[name])) for name in columns}
         merged[tuple(cells[name] for name in key)] = cells
     write_table(path, merged.values(), columns)
+
+
+def at_the_end(rows: Sequence[Row]) -> list[Row]:
+    """The rows about each member's last step: an evaluation may have added others."""
+    last: dict[str, int] = {}
+    for row in rows:
+        last[row["member"]] = max(row["step"], last.get(row["member"], 0))
+    return [row for row in rows if row["step"] == last[row["member"]]]
 
 
 def varying(rows: Sequence[Row]) -> tuple[str, ...]:

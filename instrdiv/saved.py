@@ -43,7 +43,7 @@ RESULT_KEY = ("member", "step", "split", "slice")
 
 _FILES = (
     *("results.csv", "errors.csv", "samples.csv", "metrics.csv", "timings.csv", "resemblance.csv"),
-    *("provenance.json", "figure.png", "figure.pdf", "report.html"),
+    *("claims.csv", "provenance.json", "figure.png", "figure.pdf", "figure.csv", "report.html"),
 )
 _FOLDERS = ("checkpoints", "tensorboard")
 

@@ -165,6 +165,10 @@ def _no_rules(source: RuleSource) -> RuleTable:
     return RuleTable(*(np.zeros((0, width), np.uint8) for width in widths))
 
 
+#: The conditions that a member of this setting can be tested under. BadInput where it can be under none.
+Suite = Callable[[Setting], list[Condition]]
+
+
 def _suite_held_out(setting: Setting) -> list[Condition]:
     return [
         Condition("held_out", held_out),
@@ -224,8 +228,8 @@ def _suite_lengths(setting: Setting) -> list[Condition]:
     ]
 
 
-#: name -> the conditions that a member of this setting can be tested under. BadInput where it can be under none.
-SUITES: dict[str, Callable[[Setting], list[Condition]]] = {
+#: The suites that ``experiments.evaluate`` knows.
+SUITES: dict[str, Suite] = {
     "held_out": _suite_held_out,
     "no_op": _suite_no_op,
     "occurrences": _suite_occurrences,
@@ -251,7 +255,7 @@ class Evaluation:
 
 def evaluate(
     saved: SavedRun,
-    suites: Sequence[str],
+    suites: Mapping[str, Suite],
     members: Sequence[str] | None = None,
     step: int | None = None,
     tests: int | None = None,
@@ -263,7 +267,7 @@ def evaluate(
 
     Args:
       saved: the run.
-      suites: names from ``SUITES``.
+      suites: by name, as in ``SUITES``.
       members: ids; all by default.
       step: a saved one; each group's last by default.
       tests: tests a condition, as far as there are rules; those of the run by default.
@@ -285,15 +289,15 @@ def evaluate(
     reasons: dict[str, None] = {}
     for group, rows in chosen:
         tester = _GroupTester(saved, group, rows, pools, step, tests or saved.sweep.tests, layout, samples, say)
-        for suite in suites:
+        for name, suite in suites.items():
             conditions: dict[str, dict[int, Condition]] = {}
             for row in rows:
                 try:
-                    for condition in SUITES[suite](group.members[row].setting):
+                    for condition in suite(group.members[row].setting):
                         condition.setting(group.members[row])
                         conditions.setdefault(condition.name, {})[row] = condition
                 except BadInput as reason:
-                    reasons[f"--suite={suite}: {reason}"] = None
+                    reasons[f"--suite={name}: {reason}"] = None
             tester.test(conditions, outcome, say)
     if not outcome.results:
         raise BadInput("; ".join([*reasons, *outcome.left_out]) or "nothing to test")

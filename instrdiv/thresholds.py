@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instrdiv.results import Row
+from instrdiv.results import CLAIM_COLUMNS, Row, read_table, write_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +254,23 @@ class Claim:
 def verdict(claims: Sequence[Claim]) -> str:
     """``reproduced`` where every claim holds, ``not reproduced`` otherwise."""
     return "reproduced" if claims and all(claim.holds for claim in claims) else "not reproduced"
+
+
+def write_claims(path: Path, claims: Sequence[Claim] | None) -> None:
+    """Writes claims as a table; None, where there is nothing to judge, leaves none."""
+    if claims is None:
+        path.unlink(missing_ok=True)
+    else:
+        rows = ({"claim": c.text, "holds": int(c.holds), "evidence": c.evidence} for c in claims)
+        write_table(path, rows, CLAIM_COLUMNS)
+
+
+def read_claims(path: Path) -> list[Claim] | None:
+    """The claims of a run; None where it was not judged."""
+    if not path.exists():
+        return None
+    rows = read_table(path, CLAIM_COLUMNS, text=("claim", "evidence"))
+    return [Claim(row["claim"], bool(row["holds"]), row["evidence"]) for row in rows]
 
 
 def instruction_step_claims(results: Sequence[Row], low: float = 0.1, high: float = 0.95) -> list[Claim]:

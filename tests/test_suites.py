@@ -32,6 +32,10 @@ DEV_TESTS, TESTS = 8, 16
 ONE_DEVICE = Options(devices=1, members_per_vmap=1)
 
 
+def suites(*names):
+    return {name: SUITES[name] for name in names}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
@@ -44,7 +48,7 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def everything(saved):
     """All suites, with every answer."""
-    return evaluate(saved, list(SUITES), samples=TESTS, options=ONE_DEVICE)
+    return evaluate(saved, SUITES, samples=TESTS, options=ONE_DEVICE)
 
 
 def texts(table, letters):
@@ -215,7 +219,7 @@ class TestEvaluation:
                 return super().answers(params, prompts)
 
         monkeypatch.setattr("instrdiv.suites.GroupDecoder", Recording)
-        evaluate(saved, ["held_out"], [saved.sweep.members[0].id], tests=4, options=ONE_DEVICE)
+        evaluate(saved, suites("held_out"), [saved.sweep.members[0].id], tests=4, options=ONE_DEVICE)
         *plain, blanked, shuffled = asked
         assert len(plain) == 4 and not any(prompts.blanked for prompts in (*plain, shuffled)) and blanked.blanked
         for prompts in (*plain, blanked):
@@ -232,19 +236,19 @@ class TestEvaluation:
     def test_one_member_at_an_earlier_step(self, saved, everything):
         """Alone, a member answers as among others; an earlier checkpoint answers otherwise."""
         member = saved.sweep.members[1]
-        alone = evaluate(saved, ["no_op", "held_out"], [member.id], samples=TESTS, options=ONE_DEVICE)
+        alone = evaluate(saved, suites("no_op", "held_out"), [member.id], samples=TESTS, options=ONE_DEVICE)
         names = set(by_slice(alone.results))
         among = [r for r in everything.results if r["member"] == member.id and r["slice"] in names]
         assert sorted(alone.results, key=lambda r: r["slice"]) == sorted(among, key=lambda r: r["slice"])
         assert {row["step"] for row in among} == {512}
-        earlier = evaluate(saved, ["no_op"], [member.id], step=256, samples=TESTS, options=ONE_DEVICE)
+        earlier = evaluate(saved, suites("no_op"), [member.id], step=256, samples=TESTS, options=ONE_DEVICE)
         assert {row["step"] for row in earlier.results + earlier.samples} == {256}
         now = [row for row in alone.samples if row["slice"].startswith("no_op")]
         assert [row["input"] for row in earlier.samples] == [row["input"] for row in now]
         assert [row["decoded"] for row in earlier.samples] != [row["decoded"] for row in now]
 
     def test_fewer_tests_are_the_first_ones(self, saved, everything):
-        few = evaluate(saved, ["occurrences"], tests=5, samples=5, options=ONE_DEVICE)
+        few = evaluate(saved, suites("occurrences"), tests=5, samples=5, options=ONE_DEVICE)
         for name, rows in by_slice(few.samples).items():
             whole = by_slice(everything.samples)[name]
             assert rows == [*whole[:5], *whole[TESTS : TESTS + 5]]
@@ -291,9 +295,9 @@ class TestLauncher:
 class TestMistakes:
     def test_each_is_one_clear_line(self, saved):
         with pytest.raises(BadInput, match=r"--members=nobody: is no member .* are m"):
-            evaluate(saved, ["held_out"], ["nobody"])
+            evaluate(saved, suites("held_out"), ["nobody"])
         with pytest.raises(BadInput, match=r"--step=7: is not saved for group g0; saved are 256, 512"):
-            evaluate(saved, ["held_out"], step=7)
+            evaluate(saved, suites("held_out"), step=7)
 
     def test_a_suite_that_nobody_can_be_tested_with(self, saved):
         learned = copy.copy(saved)
@@ -304,8 +308,8 @@ class TestMistakes:
         learned.sweep = dataclasses.replace(saved.sweep, members=population)
         learned.groups = (dataclasses.replace(group, members=population),)
         with pytest.raises(BadInput, match=r"--suite=lengths: learned positions .*rotary"):
-            evaluate(learned, ["lengths"])
-        rest = evaluate(saved, ["lengths"], tests=4)
+            evaluate(learned, suites("lengths"))
+        rest = evaluate(saved, suites("lengths"), tests=4)
         assert rest.results and not rest.left_out
 
 

@@ -180,3 +180,11 @@ class TestComparisons:
         found = by_setting(rows, ["width"])
         assert list(found) == [(8,), (64,)] and found[64,].interval.mean == pytest.approx(200)
         assert math.isnan(found[8,].interval.mean)
+
+
+def test_claims_are_read_as_they_were_written(tmp_path):
+    claims = [thresholds.Claim("1", True, "nan, I = 3"), thresholds.Claim("it, too", False, "")]
+    thresholds.write_claims(tmp_path / "claims.csv", claims)
+    assert thresholds.read_claims(tmp_path / "claims.csv") == claims
+    thresholds.write_claims(tmp_path / "claims.csv", None)
+    assert thresholds.read_claims(tmp_path / "claims.csv") is None and not list(tmp_path.iterdir())
