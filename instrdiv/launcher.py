@@ -330,7 +330,8 @@ def _test(figure: Figure, run_dir: Path, options: Options) -> None:
     assert figure.conditions
     saved = SavedRun(run_dir)
     conditions = figure.conditions([member.setting for member in saved.sweep.members])
-    tested = {(row["member"], row["slice"].split("/")[0]) for row in read_cells(run_dir / "results.csv")}
+    rows = read_cells(run_dir / "results.csv")
+    tested = {(row["member"], row["slice"].partition("/")[0]) for row in rows if "/" in row["slice"]}
     if {(member.id, condition.name) for member in saved.sweep.members for condition in conditions} <= tested:
         return
     with saved.locked(), telling() as say:

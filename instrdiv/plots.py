@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from instrdiv import thresholds
 from instrdiv.results import Row
+from instrdiv.settings import SETTING_COLUMNS
 
 UNSEEN, SEEN, BAND = "#1f5fa8", "#c05a1c", "#8a8a8a"
 
@@ -44,28 +46,19 @@ def instruction_curve(
         ("seen", SEEN, "s", "seen rules, fresh inputs"),
         ("unseen", UNSEEN, "o", "unseen rules"),
     ):
-        _curve(axes, thresholds.by_value(thresholds.select(results, split, "has_op")), color, marker, label)
+        curve(axes, thresholds.by_value(thresholds.select(results, split, "has_op")), color, label, marker)
     for row in results:
         if row["split"] == "unseen" and row["slice"] == "has_op" and row["status"] != "ok":
             axes.plot(row["instructions"], 0, "x", color="black", ms=8)
     if unseen:
         _threshold(axes, thresholds.threshold(unseen))
         _logistic(axes, unseen)
-    counts = sorted({row["instructions"] for row in results})
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30 if len(counts) > 9 else 0)
-    axes.minorticks_off()
-    axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("number of different instructions trained on, I")
-    axes.set_ylabel("exact match (has-op)")
-    axes.grid(alpha=0.25)
+    count_axis(axes, {row["instructions"] for row in results})
+    match_axis(axes, "exact match (has-op)")
     axes.set_title(title, loc="left", fontsize=13, weight="bold")
     _shares(axes, thresholds.by_value(unseen))
     axes.legend(loc="center right" if not unseen else "best", fontsize=9, framealpha=0.9)
-    figure.supxlabel(caption(results), fontsize=8.5, color="#444444", x=0.02, ha="left")
-    if path_stem is not None:
-        save(figure, path_stem)
+    finish(figure, results, path_stem)
     return figure
 
 
@@ -85,21 +78,44 @@ def new_figure(width: float, height: float):
     return figure
 
 
+def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str) -> None:
+    """Adds the caption, with ``notes`` as lines of its own, and writes ``.png`` and ``.pdf``, byte-identical for
+    identical tables; without a path, writes nothing."""
+    text = "\n".join([caption(results), *notes])
+    figure.supxlabel(text, fontsize=8.5, color="#444444", x=0.02, ha="left")
+    if path_stem is not None:
+        figure.savefig(path_stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
+        figure.savefig(
+            path_stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None}
+        )
+
+
 def caption(results: Sequence[Row]) -> str:
-    """Seeds, tests, strings, model and regime, from the table."""
-    row = results[0]
-    seeds = len({r["seed"] for r in results})
-    tests = next((r["tests"] for r in results if r["split"] == "unseen" and r["slice"] == "has_op"), 0)
-    epochs = row["examples_seen"] / row["examples"]
-    strings = f"input {row['input_length']}, pattern {row['pattern_length']}, planted {_planted(row['occurrences'])}"
-    diverged = len({r["member"] for r in results if r["status"] != "ok"})
+    """Seeds, tests, strings, model and regime, from the table; what the members differ in is said to be varied."""
+    headline = [row for row in results if row["split"] == "unseen" and row["slice"] == "has_op"] or list(results)
+    models = Counter(tuple(row[name] for name in SETTING_COLUMNS) for row in headline)
+    diverged = len({row["member"] for row in results if row["status"] != "ok"})
+
+    def values(name: str, form: str = "{:,}") -> str:
+        found = sorted({row[name] for row in headline}, key=lambda value: thresholds.ordering((value,)))
+        return "/".join(form.format(value) for value in found)
+
+    planted = sorted({_planted(row["occurrences"]) for row in headline})
     return (
-        f"{seeds} seed{'s' * (seeds > 1)}; {tests:,} unseen has-op tests a model; dots: models; "
+        f"{_range(models.values())} seed{'s' * (max(models.values()) > 1)} a setting; "
+        f"{_range(row['tests'] for row in headline)} unseen has-op tests a model; dots: models; "
         "line and bars: mean and 95 % t-interval over seeds.\n"
-        f"Fixed set of {row['examples']:,} examples, {epochs:.3g} epochs ({row['examples_seen']:,} examples seen), "
-        f"{row['optimizer']}; {row['layers']} layers, width {row['width']};\n{strings}."
+        f"Fixed set of {values('examples')} examples, {values('epochs', '{:g}')} epochs ({values('examples_seen')} "
+        f"examples seen), {values('optimizer', '{}')}; {values('layers')} layers, width {values('width')};\n"
+        f"input {values('input_length')}, pattern {values('pattern_length')}, "
+        f"planted {planted[0] if len(planted) == 1 else 'as named'}."
         + (f" {diverged} diverged (crosses)." if diverged else "")
     )
+
+
+def _range(values: Iterable[int]) -> str:
+    values = sorted(set(values))
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def _planted(occurrences: str | int) -> str:
@@ -110,13 +126,39 @@ def _planted(occurrences: str | int) -> str:
     return " or ".join(words[count] + f" ({share[count]:.0%})" * (len(share) > 1) for count in share)
 
 
-def save(figure, path_stem: Path) -> None:
-    """Writes ``.png`` and ``.pdf``, byte-identical for identical tables."""
-    figure.savefig(path_stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
-    figure.savefig(path_stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
+def shades(count: int) -> list:
+    """Colours of an ordered quantity, dark to light; told apart in grey, too."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.78, count)]
 
 
-def _curve(axes, values: dict[float, list[float]], color: str, marker: str, label: str) -> None:
+def count_axis(axes, counts: Iterable[int], label: str = "number of different instructions trained on, I") -> None:
+    """A logarithmic x axis with a tick at each count."""
+    ticks = sorted(set(counts))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 9 else 0)
+    axes.minorticks_off()
+    axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
+    axes.set_xlabel(label)
+
+
+def match_axis(axes, label: str = "exact match") -> None:
+    """A y axis for exact match."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+
+
+def one_half(axes) -> None:
+    """The line at which a threshold is read."""
+    axes.axhline(0.5, color=BAND, lw=0.8, ls=":", zorder=1)
+
+
+def curve(
+    axes, values: Mapping[float, Sequence[float]], color, label: str | None = None, marker: str = "o", style: str = "-"
+) -> None:
+    """Every member as a dot, and a line of means with 95 % t-intervals over seeds; x -> exact matches of the seeds."""
     if not values:
         return
     means = [thresholds.mean_interval(points) for points in values.values()]
@@ -125,11 +167,25 @@ def _curve(axes, values: dict[float, list[float]], color: str, marker: str, labe
     # Exact match cannot leave [0, 1]; a t-interval can.
     low, high = (np.clip([getattr(interval, end) for interval in means], 0, 1) for end in ("low", "high"))
     errors = np.nan_to_num(np.stack([mean - low, high - mean]))
-    axes.errorbar(x, mean, yerr=errors, color=color, lw=1.8, capsize=3, elinewidth=1, label=label, zorder=3)
+    axes.errorbar(x, mean, yerr=errors, color=color, lw=1.8, ls=style, capsize=3, elinewidth=1, label=label, zorder=3)
+    logarithmic = axes.get_xscale() == "log"
     for value, points in values.items():
-        # Seeds side by side: a nudge too small to be read as another count.
-        nudge = 1.04 ** (np.arange(len(points)) - (len(points) - 1) / 2)
-        axes.plot(value * nudge, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+        # Seeds side by side: a nudge too small to be read as another value.
+        places = np.arange(len(points)) - (len(points) - 1) / 2
+        x_points = value * 1.04**places if logarithmic else value + 0.05 * places
+        axes.plot(x_points, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+
+
+def heat_map(axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Exact match as colour, with the number in every cell; NaN cells stay empty."""
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                      color="white" if value > 0.6 else "black")  # fmt: skip
 
 
 def _logistic(axes, unseen: Sequence[Row]) -> None:
@@ -157,7 +213,7 @@ def _threshold(axes, found: thresholds.Threshold) -> None:
         axes.plot([], [], " ", label=found.text)
         return
     interval = found.interval
-    axes.axhline(0.5, color=UNSEEN, lw=0.7, ls=":", alpha=0.7)
+    one_half(axes)
     axes.axvline(interval.mean, color=UNSEEN, lw=1.2, ls="--", zorder=2)
     label = f"threshold I50 = {interval.mean:,.0f}"
     if not math.isnan(interval.low):

@@ -20,12 +20,19 @@ from instrdiv.results import CLAIM_COLUMNS, Row, read_table, write_table
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; the ends are NaN where there is only one value."""
+    """A mean and its interval, of 95 % unless said otherwise; the ends are NaN where there is only one value."""
 
     mean: float
     low: float
     high: float
     count: int
+
+    def text(self, form: str = ".2f") -> str:
+        """Such as ``0.98 (0.91 to 1.05)``."""
+        if math.isnan(self.mean):
+            return "none"
+        ends = "" if math.isnan(self.low) else f" ({self.low:{form}} to {self.high:{form}})"
+        return f"{self.mean:{form}}{ends}"
 
 
 #: The interval of no values.
@@ -128,6 +135,31 @@ class Threshold:
         return text
 
 
+#: What ``comparison`` has besides the fields that tell settings apart. ``ratio``: to the baseline's threshold, with an
+#: interval that is wider the more ``comparisons`` with it are made.
+COMPARISON_COLUMNS = (
+    *("i50", "i50_low", "i50_high", "seeds", "seeds_outside", "seeds_incomplete", "below", "above"),
+    *("ratio", "ratio_low", "ratio_high", "comparisons"),
+)
+
+
+def comparison(found: Mapping[tuple, Threshold], fields: Sequence[str], baseline: tuple) -> list[Row]:
+    """A row a setting: its threshold, and how many times higher that is than the baseline's; see ``ratio``."""
+    comparisons = len(found) - 1
+    rows = []
+    for key, threshold in found.items():
+        interval = threshold.interval
+        against = NOTHING if key == baseline else ratio(threshold, found[baseline], comparisons)
+        rows.append(
+            dict(zip(fields, key, strict=True))
+            | {"i50": interval.mean, "i50_low": interval.low, "i50_high": interval.high, "seeds": interval.count}
+            | {"seeds_outside": threshold.outside, "seeds_incomplete": threshold.incomplete}
+            | {"below": threshold.below, "above": threshold.above}
+            | {"ratio": against.mean, "ratio_low": against.low, "ratio_high": against.high, "comparisons": comparisons}
+        )
+    return rows
+
+
 def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
     """The rows of one split and slice, without diverged members."""
     return [r for r in results if (r["split"], r["slice"], r["status"]) == (split, slice, "ok")]
@@ -210,6 +242,11 @@ def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[f
     for row in sorted(rows, key=lambda row: (row[x], row["seed"])):
         values.setdefault(row[x], []).append(row["exact_match"])
     return values
+
+
+def mean_of(rows: Sequence[Row]) -> float:
+    """Mean exact match; NaN of no rows."""
+    return float(np.mean([row["exact_match"] for row in rows])) if rows else math.nan
 
 
 def onset(metrics: Sequence[Row]) -> int | None:

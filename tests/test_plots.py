@@ -29,7 +29,7 @@ def test_caption_says_seeds_tests_and_regime():
         "3 seeds",
         "2,000 unseen",
         "16,384 examples",
-        "2.44 epochs",
+        "3 epochs (40,000 examples seen)",
         "muon",
         "input 8, pattern 3, planted once (75%) or 2 times (25%)",
     ):
