@@ -249,6 +249,17 @@ def mean_of(rows: Sequence[Row]) -> float:
     return float(np.mean([row["exact_match"] for row in rows])) if rows else math.nan
 
 
+def residual(x: Sequence[float], exact_match: Sequence[float]) -> float:
+    """How far members are from ONE curve that rises with x: the root mean square that the best such curve leaves."""
+    from scipy.optimize import isotonic_regression
+
+    match = np.asarray(exact_match, float)
+    _, place = np.unique(x, return_inverse=True)  # members at one x share a point of the curve
+    weights = np.bincount(place)
+    curve = isotonic_regression(np.bincount(place, match) / weights, weights=weights).x
+    return float(np.sqrt(np.mean((match - curve[place]) ** 2)))
+
+
 def onset(metrics: Sequence[Row]) -> int | None:
     """The step at which a member's exact match on ``unseen_dev`` first passes one half; None where it never does.
 

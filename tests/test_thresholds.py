@@ -1,6 +1,7 @@
 """Thresholds and intervals against values worked out by hand or by an independent formula."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -188,3 +189,17 @@ def test_claims_are_read_as_they_were_written(tmp_path):
     assert thresholds.read_claims(tmp_path / "claims.csv") == claims
     thresholds.write_claims(tmp_path / "claims.csv", None)
     assert thresholds.read_claims(tmp_path / "claims.csv") is None and not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.floats(0, 1)), min_size=1, max_size=12))
+def test_the_residual_is_that_of_the_best_rising_curve(members):
+    """Against all rising curves on a grid: none leaves less, and one leaves about as much."""
+    x, y = zip(*members, strict=True)
+    places = sorted(set(x))
+    found = thresholds.residual(x, y)
+    curves = itertools.combinations_with_replacement(np.linspace(0, 1, 9), len(places))
+    left = [
+        math.sqrt(sum((b - dict(zip(places, c, strict=True))[a]) ** 2 for a, b in members) / len(members))
+        for c in curves
+    ]
+    assert found - 1e-9 <= min(left) <= found + 0.1

@@ -286,6 +286,12 @@ def rule_counts(
     return counts.astype(np.int32)
 
 
+def effective_number(counts: np.ndarray) -> float:
+    """How many equally frequent rules are as diverse as these counts: the exponential of the entropy of the shares."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def resemblance(trained: RuleTable, held_out: RuleTable, compared: int = 256) -> dict[str, float]:
     """How much held-out rules look like trained ones.
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from instrdiv.rewriting import families
 from instrdiv.rewriting.alphabet import Alphabet
-from instrdiv.rewriting.rules import SPLITS, FamilyTooSmall, RuleSource, StringFamily, resemblance, rule_counts
+from instrdiv.rewriting.rules import (
+    SPLITS,
+    FamilyTooSmall,
+    RuleSource,
+    StringFamily,
+    effective_number,
+    resemblance,
+    rule_counts,
+)
 
 
 def source(alphabet=3, longest=3, shortest=None, names=("free",), k=(1, 1), **options):
@@ -230,3 +238,19 @@ def test_resemblance_agrees_with_brute_force():
 
 POOL_DIGEST = "cbf3c3aab8f711aa71944f86288c6f234a1cb6cd17854c1a8a622480910dd992"
 HELD_OUT_DIGEST = "4ce810b4619babfbb39e17d2a20db8216110cf52c3c36196fff0c8865e03947f"
+
+
+class TestEffectiveNumber:
+    @given(st.integers(1, 500), st.integers(1, 9))
+    def test_equal_counts_are_as_many_as_they_are(self, rules, each):
+        assert effective_number(np.full(rules, each)) == pytest.approx(rules)
+        assert effective_number(np.append(np.full(rules, each), [0, 0])) == pytest.approx(rules)
+
+    @given(st.lists(st.integers(0, 1000), min_size=2, max_size=50).filter(any))
+    def test_is_the_entropy_of_the_examples_rules(self, counts):
+        """Counted the other way round: the mean over examples of minus the log of their rule's share."""
+        total = sum(counts)
+        surprises = [-math.log(count / total) for count in counts for _ in range(count)]
+        found = effective_number(np.array(counts))
+        assert math.log(found) == pytest.approx(sum(surprises) / total, abs=1e-9)
+        assert found + 1e-9 >= 1 and found <= np.count_nonzero(counts) + 1e-6
