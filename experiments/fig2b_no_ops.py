@@ -110,7 +110,8 @@ def claims(results: Sequence[Row]) -> list[thresholds.Claim]:
     top = thresholds.by_value([row for row in headline if row["instructions"] == most], "no_op_fraction")
     means = [sum(seeds) / len(seeds) for seeds in top.values()]
     found = thresholds.by_setting(headline, ["no_op_fraction"])
-    ratios = [thresholds.ratio(t, found[shares[0],], len(found) - 1).text() for t in list(found.values())[1:]]
+    others = {share: found[share,] for share in shares[1:]}
+    ratios = [f"{r.text()} at {s:.0%}" for s, r in thresholds.ratios(others, found[shares[0],]).items()]
     return [
         *(
             thresholds.Claim(f"{share:.0%} no-ops: {claim.text}", claim.holds, claim.evidence)

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,32 @@ def curve(
         places = np.arange(len(points)) - (len(points) - 1) / 2
         x_points = value * 1.04**places if logarithmic else value + 0.05 * places
         axes.plot(x_points, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+
+
+def threshold_levels(axes, levels: Mapping[Any, thresholds.Threshold], base: Any, tested: Sequence[float]) -> None:
+    """I50 at each level of a factor: dots are seeds, bars geometric means with 95 % intervals; an arrow at the edge of
+    the tested range says how many seeds pass one half beyond it."""
+    axes.set_yscale("log")
+    axes.set_ylim(tested[0] / 1.6, tested[-1] * 1.6)
+    axes.set_yticks(tested, [f"{tick:,}" for tick in tested])
+    axes.minorticks_off()
+    for place, (level, found) in enumerate(levels.items()):
+        color = SEEN if level == base else UNSEEN
+        inside = [crossing.value for crossing in found.per_seed.values() if not math.isnan(crossing.value)]
+        places = place + 0.08 * (np.arange(len(inside)) - (len(inside) - 1) / 2)
+        axes.plot(places, inside, "o", color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
+        if inside:
+            low, mean, high = found.interval.low, found.interval.mean, found.interval.high
+            errors = np.nan_to_num([[mean - low], [high - mean]])
+            axes.errorbar(place, mean, yerr=errors, fmt="_", ms=14, color=color, capsize=3, elinewidth=1, zorder=3)
+        for edge, side, marker in ((tested[-1] * 1.3, "above", "^"), (tested[0] / 1.3, "below", "v")):
+            beyond = sum(math.isnan(getattr(crossing, side)) for crossing in found.per_seed.values())
+            if beyond:
+                axes.plot(place, edge, marker, color=color, ms=7, zorder=4)
+                axes.annotate(f"{beyond} seeds", (place, edge), (7, -3), textcoords="offset points", fontsize=8)
+    axes.set_xticks(range(len(levels)), [f"{v:,}" if isinstance(v, int) else str(v) for v in levels])
+    axes.set_xlim(-0.6, len(levels) - 0.4)
+    axes.grid(alpha=0.25)
 
 
 def heat_map(axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,27 +136,19 @@ class Threshold:
         return text
 
 
-#: What ``comparison`` has besides the fields that tell settings apart. ``ratio``: to the baseline's threshold, with an
-#: interval that is wider the more ``comparisons`` with it are made.
-COMPARISON_COLUMNS = (
-    *("i50", "i50_low", "i50_high", "seeds", "seeds_outside", "seeds_incomplete", "below", "above"),
-    *("ratio", "ratio_low", "ratio_high", "comparisons"),
-)
-
-
 def comparison(found: Mapping[tuple, Threshold], fields: Sequence[str], baseline: tuple) -> list[Row]:
-    """A row a setting: its threshold, and how many times higher that is than the baseline's; see ``ratio``."""
-    comparisons = len(found) - 1
+    """A row a setting: its threshold, and how many times higher that is than the baseline's (see ``ratios``)."""
+    others = {key: threshold for key, threshold in found.items() if key != baseline}
+    against = ratios(others, found[baseline]) | {baseline: NOTHING}
     rows = []
     for key, threshold in found.items():
-        interval = threshold.interval
-        against = NOTHING if key == baseline else ratio(threshold, found[baseline], comparisons)
+        interval, ratio = threshold.interval, against[key]
         rows.append(
             dict(zip(fields, key, strict=True))
             | {"i50": interval.mean, "i50_low": interval.low, "i50_high": interval.high, "seeds": interval.count}
             | {"seeds_outside": threshold.outside, "seeds_incomplete": threshold.incomplete}
             | {"below": threshold.below, "above": threshold.above}
-            | {"ratio": against.mean, "ratio_low": against.low, "ratio_high": against.high, "comparisons": comparisons}
+            | {"ratio": ratio.mean, "ratio_low": ratio.low, "ratio_high": ratio.high, "comparisons": len(others)}
         )
     return rows
 
@@ -200,39 +193,66 @@ def ordering(key: tuple) -> list[tuple[bool, Any]]:
     return [(isinstance(value, str), value) for value in key]
 
 
-def ratio(found: Threshold, baseline: Threshold, comparisons: int = 1) -> Interval:
-    """How many times higher one threshold is than another's: geometric mean over the seeds that have both.
+def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Interval]:
+    """How many times higher each threshold is than the baseline's: ratios of geometric means over seeds.
 
-    The t-interval is of the seeds' own ratios, at a confidence of 1 - 0.05 / ``comparisons`` (Bonferroni), so that with
-    95 % confidence all the intervals hold that a baseline is compared in. NaN where no seed has both.
+    The intervals are Dunnett's, made for several settings that are compared with one: with 95 % confidence they ALL
+    hold. They take log I50 to spread alike over the seeds of every setting. NaN where a setting has no threshold; the
+    ends are NaN where there are too few seeds to tell how they spread.
     """
-    ours, theirs = (
-        {seed: c.value for seed, c in t.per_seed.items() if not math.isnan(c.value)} for t in (found, baseline)
-    )
-    logs = [math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    return _exponential(logs, 1 - 0.05 / comparisons)
+    from scipy import stats
+
+    def logs(threshold: Threshold) -> list[float]:
+        return [math.log(c.value) for c in threshold.per_seed.values() if not math.isnan(c.value)]
+
+    control = logs(baseline)
+    samples = {key: values for key, threshold in found.items() if control and (values := logs(threshold))}
+    nothing = dict.fromkeys(found, NOTHING)
+    if not samples:
+        return nothing
+    differences = {key: float(np.mean(values) - np.mean(control)) for key, values in samples.items()}
+    ends = np.full((2, len(samples)), math.nan)
+    if sum(map(len, samples.values())) + len(control) > len(samples) + 1:
+        if len(samples) == 1:
+            interval = stats.ttest_ind(*samples.values(), control).confidence_interval(0.95)
+        else:
+            test = stats.dunnett(*samples.values(), control=control, random_state=np.random.default_rng(0))
+            with warnings.catch_warnings():  # it integrates by sampling, and warns where the level is 0.949, say
+                warnings.simplefilter("ignore", UserWarning)
+                interval = test.confidence_interval(0.95)
+        ends = np.array([np.ravel(interval.low), np.ravel(interval.high)])
+    found_ratios = {
+        key: Interval(math.exp(differences[key]), math.exp(low), math.exp(high), len(samples[key]))
+        for key, low, high in zip(samples, *ends, strict=True)
+    }
+    return nothing | found_ratios
 
 
-def trend(levels: Mapping[float, Threshold], comparisons: int = 1) -> Interval:
-    """The exponent b of a fit I50 ~ level ** b: mean over seeds of each seed's least-squares slope in logs.
+def trend(levels: Mapping[float, Threshold], trends: int = 1) -> Interval:
+    """The exponent b of I50 ~ level ** b: the least-squares line through the seeds of all levels, in logs.
 
-    Seeds that lack the threshold of a level are left out; the interval is as in ``ratio``. NaN where no seed is left.
+    The interval is at a confidence of 1 - 0.05 / ``trends`` (Bonferroni), for one of several. Seeds without a threshold
+    are left out, so where some pass one half outside the tested range the trend is flatter than the truth. NaN where
+    fewer than two levels have a threshold.
     """
-    seeds = sorted(set.intersection(*(set(found.per_seed) for found in levels.values())))
-    x = np.log(list(levels))
-    slopes = []
-    for seed in seeds:
-        y = np.log([found.per_seed[seed].value for found in levels.values()])
-        if np.isfinite(y).all():
-            slopes.append(float(np.polyfit(x, y, 1)[0]))
-    return mean_interval(slopes, 1 - 0.05 / comparisons) if slopes else NOTHING
+    from scipy import stats
 
-
-def _exponential(logs: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Geometric mean and interval of values from their logarithms."""
-    if not logs:
+    points = [
+        (math.log(level), math.log(crossing.value))
+        for level, found in levels.items()
+        for crossing in found.per_seed.values()
+        if not math.isnan(crossing.value)
+    ]
+    if len({x for x, _ in points}) < 2:
         return NOTHING
-    found = mean_interval(logs, confidence)
+    fit = stats.linregress(*zip(*points, strict=True))
+    half = float(stats.t.ppf(1 - 0.025 / trends, len(points) - 2) * fit.stderr) if len(points) > 2 else math.nan
+    return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half, len(points))
+
+
+def _exponential(logs: Sequence[float]) -> Interval:
+    """Geometric mean and interval of values from their logarithms."""
+    found = mean_interval(logs)
     return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.count)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from instrdiv import thresholds
-from instrdiv.thresholds import by_setting, crossing, exact_interval, mean_interval, ratio, threshold, trend
+from instrdiv.thresholds import by_setting, crossing, exact_interval, mean_interval, ratios, threshold, trend
 
 
 def row(instructions, exact_match, seed=0, split="unseen", status="ok"):
@@ -145,36 +145,67 @@ def test_the_logistic_overlay_finds_a_logistic():
 
 
 class TestComparisons:
-    def thresholds(self, factor):
-        """Of sharp curves, at 200 * factor * 2 ** seed."""
-        per_seed = {s: threshold(table({s: {2**s * factor * 100: 0.0, 2**s * factor * 400: 1.0}})) for s in range(3)}
-        joined = {seed: found.per_seed[seed] for seed, found in per_seed.items()}
-        return dataclasses.replace(per_seed[0], per_seed=joined)
+    def thresholds(self, *values):
+        """Of sharp curves, one a seed, at these values."""
+        curves = [threshold(table({seed: {v / 2: 0.0, v * 2: 1.0}})) for seed, v in enumerate(values)]
+        joined = {seed: found.per_seed[seed] for seed, found in enumerate(curves)}
+        return dataclasses.replace(curves[0], per_seed=joined)
 
-    def test_a_ratio_is_of_the_seeds_own_thresholds(self):
-        """Seeds differ by factors of two; their ratios do not differ at all, so the interval is a point."""
-        found = ratio(self.thresholds(3), self.thresholds(1))
-        assert (found.mean, found.low, found.high) == pytest.approx((3, 3, 3)) and found.count == 3
+    def test_a_ratio_is_of_geometric_means(self):
+        found = ratios({"a": self.thresholds(300, 1200)}, self.thresholds(100, 400, 50))
+        assert found["a"].mean == pytest.approx(600 / (100 * 400 * 50) ** (1 / 3)) and found["a"].count == 2
 
-    def test_more_comparisons_make_wider_intervals(self):
-        a, b = (
-            threshold(table({s: {100: y, 400: 1.0} for s, y in enumerate(ys)})) for ys in ((0, 0.1, 0.2), (0, 0, 0))
-        )
-        one, four = ratio(a, b), ratio(a, b, comparisons=4)
-        logs = np.log([a.per_seed[s].value / 200 for s in range(3)])
-        half = float(stats.t.ppf(1 - 0.05 / 8, 2)) * logs.std(ddof=1) / math.sqrt(3)
-        assert four.low == pytest.approx(math.exp(logs.mean() - half)) and four.low < one.low < one.high < four.high
+    def test_one_comparison_is_the_pooled_t_interval(self):
+        a, b = (200, 230, 190), (100, 90, 120, 105)
+        x, y = np.log(a), np.log(b)
+        found = ratios({0: self.thresholds(*a)}, self.thresholds(*b))[0]
+        expected = stats.ttest_ind(x, y).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx(np.exp([expected.low, expected.high]), rel=2e-3)
 
-    def test_seeds_without_a_threshold_are_left_out(self):
-        a = threshold(table({0: {100: 0, 400: 1}, 1: {100: 0, 400: 0.2}}))
-        assert ratio(a, a).count == 1 and ratio(a, threshold(table({1: {100: 0, 400: 1}}))).count == 0
+    def test_more_comparisons_make_wider_intervals_that_all_hold(self):
+        """At most those of Bonferroni, at least those of one comparison; and the same again."""
+        draws = np.random.default_rng(1).normal(5, 0.2, (5, 3))
+        control, *others = (self.thresholds(*np.exp(row)) for row in draws)
+        found = ratios(dict(enumerate(others)), control)
+        pooled = math.sqrt(draws.var(axis=1, ddof=1).mean() * 2 / 3)
+        half = math.log(found[0].high / found[0].mean)
+        assert stats.t.ppf(0.975, 10) * pooled < half < stats.t.ppf(1 - 0.025 / 4, 10) * pooled
+        assert found == ratios(dict(enumerate(others)), control)
+
+    def test_what_has_no_threshold_is_not_compared(self):
+        none = threshold(table({0: {100: 0, 400: 0.2}}))
+        found = ratios({"none": none, "one": self.thresholds(300)}, self.thresholds(100))
+        assert math.isnan(found["none"].mean) and found["one"].mean == pytest.approx(3)
+        assert math.isnan(found["one"].low) and math.isnan(ratios({0: self.thresholds(9)}, none)[0].mean)
+
+    def test_a_comparison_says_how_many_there_were(self):
+        found = {(w,): self.thresholds(w, 2 * w) for w in (10, 20, 40)}
+        rows = thresholds.comparison(found, ["width"], (20,))
+        assert [row["width"] for row in rows] == [10, 20, 40] and {row["comparisons"] for row in rows} == {2}
+        assert [row["ratio"] for row in rows] == pytest.approx([0.5, math.nan, 2], nan_ok=True)
 
     @given(st.floats(-2, 2))
     def test_a_trend_is_the_exponent(self, exponent):
-        levels = {level: self.thresholds(level**exponent) for level in (1, 2, 8)}
+        levels = {level: self.thresholds(*(100 * level**exponent * 2**s for s in range(3))) for level in (1, 2, 8)}
         found = trend(levels)
-        assert found.mean == pytest.approx(exponent, abs=1e-9) and found.high - found.low < 1e-6
-        assert math.isnan(trend({1: threshold(table({0: {1: 0, 2: 0}})), 2: self.thresholds(1)}).mean)
+        assert found.mean == pytest.approx(exponent, abs=1e-9) and found.low < found.mean < found.high
+
+    def test_a_trend_is_the_textbooks_regression(self):
+        draws = np.random.default_rng(0).normal(5, 0.3, (3, 3))
+        levels = dict(zip((1, 2, 4), (self.thresholds(*np.exp(row)) for row in draws), strict=True))
+        x, y = np.repeat(np.log([1, 2, 4]), 3), draws.ravel()
+        design = np.stack([np.ones(9), x], 1)
+        beta, (left,), *_ = np.linalg.lstsq(design, y)
+        error = math.sqrt(left / 7 * np.linalg.inv(design.T @ design)[1, 1])
+        for many in (1, 5):
+            half = stats.t.ppf(1 - 0.025 / many, 7) * error
+            found = trend(levels, many)
+            assert (found.mean, found.low, found.high) == pytest.approx((beta[1], beta[1] - half, beta[1] + half))
+
+    def test_a_trend_needs_two_levels(self):
+        none = threshold(table({0: {1: 0, 2: 0}}))
+        assert math.isnan(trend({1: none, 2: self.thresholds(1)}).mean)
+        assert math.isnan(trend({1: self.thresholds(2), 2: self.thresholds(1)}).low)
 
     def test_by_setting_tells_settings_apart(self):
         rows = [r | {"width": w} for w in (64, 8) for r in table({0: {100: 0, 400: 1 - (w == 8)}})]
@@ -198,8 +229,5 @@ def test_the_residual_is_that_of_the_best_rising_curve(members):
     places = sorted(set(x))
     found = thresholds.residual(x, y)
     curves = itertools.combinations_with_replacement(np.linspace(0, 1, 9), len(places))
-    left = [
-        math.sqrt(sum((b - dict(zip(places, c, strict=True))[a]) ** 2 for a, b in members) / len(members))
-        for c in curves
-    ]
+    left = [np.sqrt(np.mean([(b - curve[places.index(a)]) ** 2 for a, b in members])) for curve in curves]
     assert found - 1e-9 <= min(left) <= found + 0.1

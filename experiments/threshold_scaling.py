@@ -1,0 +1,215 @@
+"""What moves the threshold? The question that reviewers of *Only-IF* asked, and nobody answered.
+
+    python -m experiments.threshold_scaling --preset=laptop --run_dir=runs/scaling --factor=width,depth
+
+How does I50 move with the model (width, depth, positions), the training (optimizer, rate, epochs), the strings
+(alphabet, pattern) and the number of examples? One factor is changed at a time, all else as in the base; ``--factor``
+names one or some, otherwise all are run. Levels that change a shape are groups of their own in the same run.
+``examples`` changes the number of different examples N at a fixed number of steps, ``epochs`` the number of steps at a
+fixed N; ``rate`` changes both of Muon's rates together; with ``pattern``, the replacement is as long as the pattern.
+
+``figure.csv`` has the threshold of every level, its ratio to that of the base (intervals at a confidence that makes up
+for the number of comparisons), and the exponent of a power law through the levels.
+
+preset   hardware          time                  expect
+smoke    two CPU cores     a minute              nothing: it only has to run
+laptop   two CPU cores     10 minutes a factor   measured: results/laptop/
+gpu      one H200          an hour a factor      not run: time and recipe are extrapolated
+paper    one H200          a day or two a factor not run: time is extrapolated; the papers report one threshold only
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from instrdiv import plots, thresholds
+from instrdiv.launcher import Figure, Preset, launch
+from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
+from instrdiv.results import Row, write_table
+from instrdiv.settings import SETTING_COLUMNS
+from instrdiv.thresholds import Threshold
+
+Level = Mapping[str, Any]
+
+#: Of a factor, the columns that its levels change; the first one names them.
+FIELDS = {
+    "width": ("width",),
+    "depth": ("layers",),
+    "positions": ("positions",),
+    "optimizer": ("optimizer", "learning_rate", "weight_decay", "adam_b2"),
+    "rate": ("learning_rate", "adam_learning_rate"),
+    "alphabet": ("alphabet_size",),
+    "pattern": ("pattern_length", "replacement_length", "pattern_length_min", "replacement_length_min"),
+    "examples": ("examples", "epochs"),
+    "epochs": ("epochs",),
+}
+
+LAPTOP_FACTORS: Mapping[str, Sequence[Level]] = {
+    "width": ({"width": 32}, {}, {"width": 96}),
+    "depth": ({"layers": 2}, {}, {"layers": 4}),
+    "examples": ({"examples": 4096, "epochs": 12.0}, {}, {"examples": 49_152, "epochs": 1.0}),
+    "epochs": ({"epochs": 1.0}, {}, {"epochs": 5.0}),
+    "rate": (
+        {"learning_rate": 1e-2, "adam_learning_rate": 4e-3},
+        {},
+        {"learning_rate": 4e-2, "adam_learning_rate": 1.6e-2},
+    ),
+    "positions": ({}, {"positions": "rotary"}),
+    "pattern": ({"pattern_length": 2}, {}, {"pattern_length": 4}),
+    "alphabet": ({"alphabet_size": 13}, {}),
+    "optimizer": ({}, {"optimizer": "adamw", "learning_rate": 3e-3}),
+}
+# The papers' model and strings: what the gpu and the paper preset have in common.
+PAPER_FACTORS: Mapping[str, Sequence[Level]] = {
+    "width": ({"width": 128}, {}, {"width": 512}),
+    "depth": ({"layers": 3}, {}, {"layers": 12}),
+    "positions": ({}, {"positions": "rotary"}, {"positions": "none"}),
+    "alphabet": ({"alphabet_size": 13}, {}),
+    "pattern": ({"pattern_length": 5}, {"pattern_length": 10}, {}),
+}
+
+PRESETS = {
+    "smoke": Preset(
+        SMOKE,
+        {"instructions": (4, 64)},
+        factors={"width": ({"width": 16}, {}), "rate": ({}, {"learning_rate": 1e-2, "adam_learning_rate": 4e-3})},
+        dev_tests=DEV_TESTS["smoke"],
+        tests=128,
+        seeds=1,
+    ),
+    "laptop": Preset(
+        LAPTOP,
+        {"instructions": (64, 128, 192, 256, 512)},
+        factors=LAPTOP_FACTORS,
+        dev_tests=DEV_TESTS["laptop"],
+        tests=2_000,
+    ),
+    "gpu": Preset(
+        GPU,
+        {"instructions": (100, 200, 400, 800, 1600)},
+        factors={
+            **PAPER_FACTORS,
+            "examples": ({"examples": 250_000, "epochs": 6.0}, {}, {"examples": 1_500_000, "epochs": 1.0}),
+            "epochs": ({"epochs": 0.5}, {}, {"epochs": 4.5}),
+            "rate": (
+                {"learning_rate": 1e-2, "adam_learning_rate": 1e-3},
+                {},
+                {"learning_rate": 4e-2, "adam_learning_rate": 4e-3},
+            ),
+            "optimizer": ({}, {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0, "adam_b2": 0.999}),
+        },
+        dev_tests=DEV_TESTS["gpu"],
+        tests=10_000,
+    ),
+    "paper": Preset(
+        PAPER,
+        {"instructions": (100, 200, 300, 400, 500, 700, 1000, 2000)},
+        factors={
+            **PAPER_FACTORS,
+            "examples": ({"examples": 100_000, "epochs": 500.0}, {}, {"examples": 10_000_000, "epochs": 5.0}),
+            "epochs": ({"epochs": 5.0}, {}, {"epochs": 150.0}),
+            "rate": ({"learning_rate": 5e-4}, {}, {"learning_rate": 2e-3}),
+            "optimizer": ({}, {"optimizer": "muon", "learning_rate": 2e-2, "weight_decay": 0.1, "adam_b2": 0.98}),
+        },
+        dev_tests=DEV_TESTS["paper"],
+        tests=100_000,
+    ),
+}
+
+
+def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], dict[str, Any]]:
+    """What the members of a run say of each factor, from their rows alone.
+
+    Returns:
+      factor -> its levels, in order -> threshold; and factor -> the level of the base, which all factors share.
+      Settings that no factor explains (a change of the base that was added to the run later) belong to none.
+    """
+    headline = thresholds.select(results, "unseen", "has_op")
+    fields = tuple(name for name in SETTING_COLUMNS if name != "instructions")
+    found = {key: t for key, t in thresholds.by_setting(headline, fields).items() if len(t.values) > 1}
+    variants = {key: dict(zip(fields, key, strict=True)) for key in found}
+
+    def factor_of(variant: Row, base: Row) -> str | None:
+        changed = {name for name in fields if variant[name] != base[name]}
+        return next((f for f, names in FIELDS.items() if names[0] in changed and changed <= set(names)), None)
+
+    # The base is what all others are one factor away from; with a single factor, the level that a preset starts from.
+    bases = [preset.base.as_row() for preset in PRESETS.values()]
+
+    def likeness(key: tuple) -> tuple[int, int]:
+        explained = sum(factor_of(variant, variants[key]) is not None for variant in variants.values())
+        return explained, max(sum(variants[key][name] == base[name] for name in fields) for base in bases)
+
+    levels: dict[str, dict[Any, Threshold]] = {}
+    if not variants:
+        return levels, {}
+    base = max(variants, key=likeness)
+    for key, variant in variants.items():
+        factor = factor_of(variant, variants[base])
+        if factor:
+            levels.setdefault(factor, {})[variant[FIELDS[factor][0]]] = found[key]
+    at_base = {factor: variants[base][FIELDS[factor][0]] for factor in levels}
+    for factor, of_factor in levels.items():
+        of_factor[at_base[factor]] = found[base]
+        levels[factor] = dict(sorted(of_factor.items(), key=lambda item: thresholds.ordering((item[0],))))
+    return {factor: levels[factor] for factor in FIELDS if factor in levels}, at_base
+
+
+def summary(results: Sequence[Row]) -> list[Row]:
+    """A row a factor and level: threshold, ratio to the base's, and the factor's trend where its levels are numbers.
+
+    Intervals of the ratios hold together, and so do those of the trends.
+    """
+    levels, at_base = by_level(results)
+    if not levels:
+        return []
+    base = {(factor, at_base[factor]) for factor in levels}
+    found = {(factor, level): t for factor, of_factor in levels.items() for level, t in of_factor.items()}
+    once = next(iter(base))
+    compared = thresholds.comparison(
+        {key: t for key, t in found.items() if key == once or key not in base}, ["factor", "level"], once
+    )
+    row_of = {(row["factor"], row["level"]): row for row in compared}
+    numeric = [factor for factor, of_factor in levels.items() if not any(isinstance(level, str) for level in of_factor)]
+    rows = []
+    for factor, level in found:
+        trend = thresholds.trend(levels[factor], len(numeric)) if factor in numeric else thresholds.NOTHING
+        row = row_of[once if (factor, level) in base else (factor, level)] | {"factor": factor, "level": level}
+        exponent = {"exponent": trend.mean, "exponent_low": trend.low, "exponent_high": trend.high}
+        rows.append(row | exponent | {"trends": len(numeric)})
+    return rows
+
+
+def draw(results: Sequence[Row], path_stem: Path) -> None:
+    levels, at_base = by_level(results)
+    rows = summary(results)
+    columns = min(3, max(1, len(levels)))
+    lines = -(-max(1, len(levels)) // columns)
+    figure = plots.new_figure(max(6.0, 3.5 * columns), 1.6 + 2.7 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    tested = sorted({row["instructions"] for row in results})
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, (factor, of_factor) in zip(panels, levels.items(), strict=False):
+        axes.set_visible(True)
+        trend = next(row for row in rows if row["factor"] == factor)
+        title = factor
+        if trend["exponent"] == trend["exponent"]:
+            interval = thresholds.Interval(trend["exponent"], trend["exponent_low"], trend["exponent_high"], 0)
+            title += f": I50 ~ level ^ {interval.text()}"
+        axes.set_title(title, loc="left", fontsize=9.5)
+        plots.threshold_levels(axes, of_factor, at_base[factor], tested)
+    figure.supylabel("threshold I50, unseen has-op", fontsize=10)
+    figure.suptitle("What moves the threshold?", x=0.02, ha="left", weight="bold", fontsize=13)
+    comparisons, trends = (rows[0]["comparisons"], rows[0]["trends"]) if rows else (0, 0)
+    note = (f"Orange: the base, in every panel. Arrows: seeds whose step lies outside the tested I. {comparisons} "
+            f"comparisons with the base and {trends} trends: exponents with simultaneous 95 % intervals.")  # fmt: skip
+    plots.finish(figure, results, path_stem, note)
+    if rows:
+        write_table(path_stem.with_suffix(".csv"), rows, list(rows[0]))
+
+
+FIGURE = Figure("threshold_scaling", PRESETS, draw)
+
+if __name__ == "__main__":
+    launch(FIGURE)
