@@ -186,12 +186,11 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     columns = min(3, max(1, len(levels)))
     lines = -(-max(1, len(levels)) // columns)
     figure = plots.new_figure(max(6.0, 3.5 * columns), 1.6 + 2.7 * lines)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     tested = sorted({row["instructions"] for row in results})
-    for axes in panels:
+    for axes in panels[len(levels) :]:
         axes.set_visible(False)
     for axes, (factor, of_factor) in zip(panels, levels.items(), strict=False):
-        axes.set_visible(True)
         trend = next(row for row in rows if row["factor"] == factor)
         title = factor
         if trend["exponent"] == trend["exponent"]:
@@ -202,9 +201,11 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     figure.supylabel("threshold I50, unseen has-op", fontsize=10)
     figure.suptitle("What moves the threshold?", x=0.02, ha="left", weight="bold", fontsize=13)
     comparisons, trends = (rows[0]["comparisons"], rows[0]["trends"]) if rows else (0, 0)
-    note = (f"Orange: the base, in every panel. Arrows: seeds whose step lies outside the tested I. {comparisons} "
-            f"comparisons with the base and {trends} trends: exponents with simultaneous 95 % intervals.")  # fmt: skip
-    plots.finish(figure, results, path_stem, note)
+    notes = (
+        "Orange: the base, in every panel. Arrows: seeds whose step lies outside the tested I; they are in no mean.",
+        f"{comparisons} comparisons with the base; {trends} trends, exponents with simultaneous 95 % intervals.",
+    )
+    plots.finish(figure, results, path_stem, *notes)
     if rows:
         write_table(path_stem.with_suffix(".csv"), rows, list(rows[0]))
 

@@ -231,9 +231,8 @@ def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Int
 def trend(levels: Mapping[float, Threshold], trends: int = 1) -> Interval:
     """The exponent b of I50 ~ level ** b: the least-squares line through the seeds of all levels, in logs.
 
-    The interval is at a confidence of 1 - 0.05 / ``trends`` (Bonferroni), for one of several. Seeds without a threshold
-    are left out, so where some pass one half outside the tested range the trend is flatter than the truth. NaN where
-    fewer than two levels have a threshold.
+    The interval is at a confidence of 1 - 0.05 / ``trends`` (Bonferroni), for one of several. NaN where a seed passes
+    one half outside the tested range (to leave it out would bend the trend), and where there are fewer than two levels.
     """
     from scipy import stats
 
@@ -243,7 +242,7 @@ def trend(levels: Mapping[float, Threshold], trends: int = 1) -> Interval:
         for crossing in found.per_seed.values()
         if not math.isnan(crossing.value)
     ]
-    if len({x for x, _ in points}) < 2:
+    if any(found.outside for found in levels.values()) or len({x for x, _ in points}) < 2:
         return NOTHING
     fit = stats.linregress(*zip(*points, strict=True))
     half = float(stats.t.ppf(1 - 0.025 / trends, len(points) - 2) * fit.stderr) if len(points) > 2 else math.nan

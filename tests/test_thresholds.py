@@ -202,8 +202,10 @@ class TestComparisons:
             found = trend(levels, many)
             assert (found.mean, found.low, found.high) == pytest.approx((beta[1], beta[1] - half, beta[1] + half))
 
-    def test_a_trend_needs_two_levels(self):
+    def test_a_trend_needs_two_levels_and_all_seeds_inside(self):
         none = threshold(table({0: {1: 0, 2: 0}}))
+        inside = {level: self.thresholds(level, level) for level in (1, 2)}
+        assert trend(inside).mean == pytest.approx(1) and math.isnan(trend(inside | {4: none}).mean)
         assert math.isnan(trend({1: none, 2: self.thresholds(1)}).mean)
         assert math.isnan(trend({1: self.thresholds(2), 2: self.thresholds(1)}).low)
 
