@@ -1,0 +1,299 @@
+"""The launchers of the figures: presets that can be planned, pictures and claims from tables whose truth is known."""
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from instrdiv import launcher, thresholds
+from instrdiv.population import make_groups
+from instrdiv.results import Row, read_table
+from instrdiv.rewriting.rules import effective_number
+from instrdiv.run import plan
+from instrdiv.settings import BadInput
+from instrdiv.sweep import Options
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+NAMES = [path.stem for path in sorted(FOLDER.glob("*.py")) if "FIGURE = Figure(" in path.read_text()]
+MODULES = {name: importlib.import_module(f"experiments.{name}") for name in NAMES}
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """The flags of a launcher, and the fields of a setting that were given as flags (``given``)."""
+    flags = SimpleNamespace(preset="laptop", seeds=None, dev_tests=None, tests=None, factor=None, given={})
+    monkeypatch.setattr(launcher, "FLAGS", flags)
+    monkeypatch.setattr(launcher, "setting_flags", lambda: flags.given)
+    return flags
+
+
+def sweep_of(flags, name, preset="laptop"):
+    flags.preset = preset
+    figure = MODULES[name].FIGURE
+    return launcher.make_sweep(figure, figure.presets[preset])
+
+
+def step(instructions, threshold, top=0.97):
+    """A curve with its I50 close to ``threshold``."""
+    return top / (1 + (threshold / instructions) ** 8)
+
+
+def table(sweep, world, splits=("unseen", "unseen_dev", "seen"), slices=("has_op", "all", "no_op")) -> list[Row]:
+    """Rows as a run would leave them, if members did as ``world(member, split, slice)`` says."""
+    same = {"figure": sweep.figure, "step": 1, "examples_seen": 99, "tests": 50, "status": "ok"}
+    return [
+        member.setting.as_row()
+        | {"member": member.id, "seed": member.seed, "split": split, "slice": slice} | same
+        | {"exact_match": world(member, split, slice)}
+        for member in sweep.members
+        for split in splits
+        for slice in slices
+    ]  # fmt: skip
+
+
+def draw(name, rows, tmp_path) -> list[Row]:
+    """Draws a figure; the rows of its figure.csv."""
+    MODULES[name].FIGURE.draw(rows, tmp_path / "figure")
+    assert (tmp_path / "figure.png").stat().st_size > 20_000 and (tmp_path / "figure.pdf").exists()
+    return read_table(tmp_path / "figure.csv") if (tmp_path / "figure.csv").exists() else []
+
+
+def verdict(name, rows):
+    return thresholds.verdict(MODULES[name].FIGURE.claims(rows))
+
+
+class TestPresets:
+    @pytest.mark.parametrize("preset", ["smoke", "laptop", "gpu", "paper"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_can_be_planned_and_are_named_like_their_module(self, flags, name, preset):
+        figure = MODULES[name].FIGURE
+        sweep = sweep_of(flags, name, preset)
+        assert sweep.figure == figure.name == name
+        planned = plan(sweep, Options(devices=1))
+        assert sum(group.members for group in planned.groups) == len(sweep.members)
+        seeds = {member.seed for member in sweep.members}
+        assert len(seeds) >= 3 or preset == "smoke"
+        for condition in figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []:
+            for member in sweep.members:
+                condition.setting(member).validate()
+
+    def test_the_papers_settings_are_the_papers(self, flags):
+        def values(name, field):
+            return {getattr(member.setting, field) for member in sweep_of(flags, name, "paper").members}
+
+        assert values("fig2b_no_ops", "no_op_fraction") == {0.1, 0.2, 0.3, 0.4, 0.5}
+        assert values("fig2b_no_ops", "instructions") == {100, 200, 300, 400, 500, 1000, 10_000, 100_000}
+        assert values("fig3_long_tail", "tail_shape") == {math.inf, 2, 1, 0.5, 0.2, 0.1, 0.07, 0.03}
+        assert values("fig3_long_tail", "instructions") == {1000, 10_000, 100_000}
+        singles = {(1,), (5,), (10,), (15,), (20,)}
+        assert values("table1_occurrences", "occurrences") == singles | {(1, 5, 10, 15, 20)}
+        assert values("table1_occurrences", "instructions") == {200, 500, 1000, 2000}
+        for name in NAMES:
+            assert values(name, "examples") >= {1_000_000} and values(name, "epochs") >= {50.0}
+
+    def test_one_launch_of_all_factors_has_every_base_member_once(self, flags):
+        sweep = sweep_of(flags, "threshold_scaling")
+        preset = MODULES["threshold_scaling"].PRESETS["laptop"]
+        levels = sum(len(levels) for levels in preset.factors.values())
+        settings = levels - (len(preset.factors) - 1)
+        assert len({m.id for m in sweep.members}) == len(sweep.members) == settings * 5 * 3
+        assert len(make_groups(sweep.members)) == settings - 2  # the two other rates share the base's program
+
+
+class TestFlags:
+    def test_more_seeds_where_the_preset_says_unless_seeds_are_given(self, flags):
+        counts = {m.setting.instructions: 0 for m in sweep_of(flags, "fig2b_no_ops").members}
+        for member in sweep_of(flags, "fig2b_no_ops").members:
+            counts[member.setting.instructions] += 1
+        assert counts == {64: 9, 128: 15, 256: 15, 4096: 9}
+        flags.seeds = 2
+        assert len(sweep_of(flags, "fig2b_no_ops").members) == 2 * 3 * 4
+
+    def test_one_factor_and_a_changed_base(self, flags):
+        flags.factor, flags.given = ["width"], {"layers": 1, "instructions": (4, 8)}
+        sweep = sweep_of(flags, "threshold_scaling")
+        assert {(m.setting.width, m.setting.layers) for m in sweep.members} == {(32, 1), (64, 1), (96, 1)}
+        assert {m.setting.instructions for m in sweep.members} == {4, 8}
+
+    def test_a_factor_that_the_preset_lacks_is_named(self, flags):
+        flags.factor = ["depth"]
+        with pytest.raises(BadInput, match=r"^--factor=depth: the preset smoke has width, rate$"):
+            sweep_of(flags, "threshold_scaling", "smoke")
+
+    def test_lists_of_lists(self):
+        counts = launcher.ListParser(launcher.NumberParser(int), separators=",+")
+        assert counts.parse("1,5") == counts.parse("1+5") == (1, 5)
+        assert launcher.ListParser(counts).parse("1,5,1+5") == ((1,), (5,), (1, 5))
+
+
+class TestFig2b:
+    NAME = "fig2b_no_ops"
+
+    def rows(self, flags, top=lambda share: 0.97):
+        def world(member, split, slice):
+            setting = member.setting
+            if split == "seen" or "no_op" in slice:
+                return 0.98
+            match = step(
+                setting.instructions,
+                180 * (1 + setting.no_op_fraction / 5 + member.seed / 50),
+                top(setting.no_op_fraction),
+            )
+            return match if slice == "has_op" else (1 - setting.no_op_fraction) * match + setting.no_op_fraction
+
+        slices = ("has_op", "all", "no_op", "no_op/has_op", "no_op/near_miss")
+        return table(sweep_of(flags, self.NAME), world, slices=slices)
+
+    def test_thresholds_and_ratios_are_those_of_the_world(self, flags, tmp_path):
+        found = draw(self.NAME, self.rows(flags), tmp_path)
+        assert [row["no_op_fraction"] for row in found] == [0.1, 0.3, 0.5]
+        thresholds = [row["i50"] for row in found]
+        assert thresholds == sorted(thresholds) and found[2]["ratio"] == pytest.approx(thresholds[2] / thresholds[0])
+        assert found[0]["comparisons"] == 2 and all(row["below"] == 128 for row in found)
+
+    def test_verdicts(self, flags):
+        assert verdict(self.NAME, self.rows(flags)) == "reproduced"
+        assert verdict(self.NAME, self.rows(flags, top=lambda share: 1 - 0.6 * share)) == "not reproduced"
+
+
+class TestFig3:
+    NAME = "fig3_long_tail"
+
+    def rows(self, flags, number):
+        def world(member, split, slice):
+            return 0.98 if split.startswith("seen") else step(number(member.rule_counts()), 190)
+
+        return table(sweep_of(flags, self.NAME), world, ("unseen", "unseen_dev", "seen", "seen_by_share"), ("has_op",))
+
+    @pytest.mark.parametrize("measure", ["effective number (entropy)", "rules with at least 4 examples", "all rules"])
+    def test_the_measure_that_the_world_goes_by_explains_it_best(self, flags, tmp_path, measure):
+        found = draw(self.NAME, self.rows(flags, MODULES[self.NAME].MEASURES[measure]), tmp_path)
+        residuals = {row["measure"]: row["residual"] for row in found}
+        assert residuals[measure] == pytest.approx(0, abs=1e-9)
+        assert sum(residual < 1e-3 for residual in residuals.values()) < 3 and found[0]["compared"] == len(residuals)
+
+    def test_the_count_that_is_drawn_is_chosen_on_unseen_dev(self, flags):
+        by_eight, by_one = (self.rows(flags, lambda counts, n=n: (counts >= n).sum()) for n in (8, 1))
+        mixed = [row for row in by_eight if row["split"] == "unseen_dev"]
+        mixed += [row for row in by_one if row["split"] == "unseen"]
+        assert MODULES[self.NAME].at_least(mixed) == "rules with at least 8 examples"
+
+    def test_counts_are_those_that_were_trained(self, flags):
+        sweep = sweep_of(flags, self.NAME)
+        for member in sweep.members[::7]:
+            row = member.setting.as_row() | {"seed": member.seed}
+            np.testing.assert_array_equal(MODULES[self.NAME].counts_of(row), member.rule_counts())
+
+    def test_verdicts(self, flags):
+        assert verdict(self.NAME, self.rows(flags, effective_number)) == "reproduced"
+        assert verdict(self.NAME, self.rows(flags, len)) == "not reproduced"
+
+
+class TestTable1:
+    NAME = "table1_occurrences"
+
+    def rows(self, flags, mixture=0.95):
+        """Members do what they were trained on; the mixture is as good as said."""
+        sweep = sweep_of(flags, self.NAME)
+        conditions = MODULES[self.NAME].conditions([m.setting for m in sweep.members])
+
+        def world(member, split, slice):
+            trained, tested = (
+                member.setting.occurrences,
+                tuple(map(int, slice.partition("=")[2].partition("/")[0].split("+"))),
+            )
+            if member.setting.instructions < 100:
+                return 0.0
+            return mixture if len(trained) > 1 else 0.9 * len(set(trained) & set(tested)) / len(tested)
+
+        names = [f"{condition.name}/{slice}" for condition in conditions for slice in condition.slices]
+        return table(sweep, world, ("unseen",), names)
+
+    def test_the_matrix(self, flags, tmp_path, monkeypatch):
+        drawn = []
+        plots = MODULES[self.NAME].plots
+        monkeypatch.setattr(plots, "heat_map", lambda axes, *arguments: drawn.append(arguments))
+        draw(self.NAME, self.rows(flags), tmp_path)
+        assert len(drawn) == 3
+        few, *rest = drawn
+        assert few[0].max() == 0 and few[1:] == (["1", "2", "3", "mixture"],) * 2
+        expected = np.zeros((4, 4))
+        np.fill_diagonal(expected, 0.9)
+        expected[:, 3], expected[3] = 0.3, 0.95
+        for values, *_ in rest:
+            np.testing.assert_allclose(values, expected)
+
+    def test_verdicts(self, flags):
+        assert verdict(self.NAME, self.rows(flags)) == "reproduced"
+        assert verdict(self.NAME, self.rows(flags, mixture=0.25)) == "not reproduced"
+
+    def test_a_table_that_was_read_back_says_the_same(self, flags):
+        """In a CSV the list (1,) is the number 1."""
+        rows = [row | {"occurrences": int(o) if (o := row["occurrences"]).isdigit() else o} for row in self.rows(flags)]
+        assert verdict(self.NAME, rows) == "reproduced"
+        assert list(MODULES[self.NAME].tested_on(rows)) == ["1", "2", "3", "1+2+3"]
+
+
+class TestScaling:
+    NAME = "threshold_scaling"
+
+    def rows(self, flags, **kept):
+        def world(member, split, slice):
+            s = member.setting
+            threshold = 190 * (s.width / 64) ** -0.5 * (1 if s.examples != 16_384 else (s.epochs / 3) ** -1)
+            return step(s.instructions, threshold * (1 + 0.05 * member.seed))
+
+        return table(sweep_of(flags, self.NAME), world, ("unseen",), ("has_op",))
+
+    def test_factors_and_the_base_are_found_in_the_table_alone(self, flags, tmp_path):
+        rows = self.rows(flags)
+        levels, base = MODULES[self.NAME].by_level(rows)
+        factors = MODULES[self.NAME].PRESETS["laptop"].factors
+        assert {name: len(of_factor) for name, of_factor in levels.items()} == {n: len(v) for n, v in factors.items()}
+        assert base["width"] == 64 and base["positions"] == "learned" and base["examples"] == 16_384
+        found = draw(self.NAME, rows, tmp_path)
+        assert len(found) == sum(map(len, factors.values())) and found[0]["comparisons"] == len(found) - len(factors)
+        for row in found:
+            if row["level"] == base[row["factor"]]:
+                assert math.isnan(row["ratio"]) and row["i50"] == found[1]["i50"]
+            elif row["factor"] in ("width", "epochs"):
+                relative = row["level"] / base[row["factor"]]
+                expected = relative ** {"width": -0.5, "epochs": -1.0}[row["factor"]]
+                assert math.isnan(row["ratio"]) or row["ratio"] == pytest.approx(expected, rel=0.06)
+            else:
+                assert row["ratio"] == pytest.approx(1)
+        exponents = {row["factor"]: row["exponent"] for row in found}
+        assert exponents["width"] == pytest.approx(-0.5, abs=0.05) and abs(exponents["depth"]) < 1e-9
+        assert math.isnan(exponents["positions"]) and math.isnan(exponents["epochs"])  # one epoch: beyond the range
+
+    @pytest.mark.parametrize("factor", ["width", "optimizer", "examples"])
+    def test_one_factor_alone(self, flags, factor, tmp_path):
+        flags.factor = [factor]
+        levels, base = MODULES[self.NAME].by_level(self.rows(flags))
+        laptop = MODULES[self.NAME].PRESETS["laptop"].base
+        assert list(levels) == [factor] and base[factor] == getattr(laptop, factor)
+
+    def test_a_run_without_a_step_can_be_drawn(self, flags, tmp_path):
+        flags.given = {"instructions": (4,)}
+        assert draw(self.NAME, self.rows(flags), tmp_path) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_one_seed_and_of_diverged_members(flags, tmp_path, name):
+    flags.seeds = 1
+    figure = MODULES[name].FIGURE
+    sweep = sweep_of(flags, name)
+    conditions = figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []
+    slices = ["has_op", "all", "no_op", *(f"{c.name}/{s}" for c in conditions for s in c.slices)]
+    rows = table(sweep, lambda member, *_: step(member.setting.instructions, 190), slices=slices)
+    first = dataclasses.replace(sweep.members[0]).id
+    for row in rows:
+        if row["member"] == first:
+            row["status"] = "diverged at step 3"
+    draw(name, rows, tmp_path)
+    if figure.claims:
+        assert figure.claims(rows)
