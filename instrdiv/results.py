@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from instrdiv.settings import SETTING_COLUMNS, BadInput
+from instrdiv.settings import DEFAULT_ROW, SETTING_COLUMNS, BadInput
 
 Row = dict[str, Any]
 
@@ -96,8 +96,11 @@ def read_cells(path: Path) -> list[dict[str, str]]:
 
 
 def merge_table(path: Path, rows: Iterable[Row], columns: Sequence[str], key: Sequence[str]) -> None:
-    """Adds rows to a CSV, each in place of the one that has the same cells in the columns ``key``, else at the end."""
-    merged = {tuple(row[name] for name in key): row for row in read_cells(path)}
+    """Adds rows to a CSV, each in place of the one that has the same cells in the columns ``key``, else at the end.
+
+    A setting that the CSV is too old to have gets its default: what was done before there was one.
+    """
+    merged = {tuple(row[name] for name in key): DEFAULT_ROW | row for row in read_cells(path)}
     for row in rows:
         cells = {name: str(_cell(row[name])) for name in columns}
         merged[tuple(cells[name] for name in key)] = cells

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from instrdiv.results import provenance, read_table, replacing, varying, write_json, write_table
+from instrdiv.results import merge_table, provenance, read_table, replacing, varying, write_json, write_table
 from instrdiv.settings import BadInput
 from tests.worlds import tiny
 
@@ -30,6 +30,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(KeyError):
         write_table(tmp_path / "t.csv", [{"a": 1}, {}], ("a",))
     assert (tmp_path / "t.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_that_is_older_than_a_setting_is_added_to(tmp_path):
+    """The old rows get the setting's default; other columns are not made up."""
+    (tmp_path / "t.csv").write_text("member,width\nm1,32\n")
+    columns = ("member", "width", "near_miss_fraction")
+    merge_table(tmp_path / "t.csv", [{"member": "m2", "width": 64, "near_miss_fraction": 0.5}], columns, ("member",))
+    assert (tmp_path / "t.csv").read_text() == "member,width,near_miss_fraction\nm1,32,0.0\nm2,64,0.5\n"
+    with pytest.raises(KeyError):
+        merge_table(tmp_path / "t.csv", [], (*columns, "exact_match"), ("member",))
 
 
 def test_a_missing_table_is_one_line(tmp_path):

@@ -4,7 +4,7 @@ A family of order k (k divides the length L) has L/k free letters: *repeated* (k
 (k=2: abcabc), *mirrored* (k=3: abccbaabc). Order 1 of every family is *free*. Families nest, so two of them share
 strings: compare strings, never parameters.
 
-To add a family, write a module that ends in one line, ``register("name", expand)``, and import it.
+To add a family: a function, and a line ``register("name", expand)`` below (docs/extending.md).
 """
 
 from __future__ import annotations
