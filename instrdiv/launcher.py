@@ -128,7 +128,9 @@ def launch(figure: Figure) -> None:
         print(f"{figure.name}, preset {FLAGS.preset}, {run_dir}", flush=True)
         if FLAGS.dry_run:
             print(plan(sweep, options).text, flush=True)
-            print(forecast(sweep, options).text)
+            with telling() as say:
+                expected = forecast(sweep, options, say)
+            print(expected.text)
             return
         RunDirectory.check(run_dir, sweep, options, FLAGS.overwrite)
         if FLAGS.overwrite or not devices_of(run_dir):

@@ -23,7 +23,7 @@ ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 
 def command(module, *flags, cwd=None):
     arguments = [sys.executable, "-m", module, *flags]
-    return subprocess.run(arguments, cwd=cwd or ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(arguments, cwd=cwd or ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
