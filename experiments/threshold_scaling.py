@@ -1,4 +1,4 @@
-"""What moves the threshold? The question that reviewers of *Only-IF* asked, and nobody answered.
+"""What moves the threshold?
 
     python -m experiments.threshold_scaling --preset=laptop --run_dir=runs/scaling --factor=width,depth
 

@@ -54,8 +54,8 @@ def write_report(
     """Writes ``report.html`` into the directory of a finished run.
 
     Args:
-      run_dir: where the run's tables are. ``figure.png``, ``errors.csv`` and ``samples.csv`` are shown if they are
-        there; the others must be.
+      run_dir: where the run's tables are. ``figure.png``, ``figure.csv``, ``errors.csv`` and ``samples.csv`` are shown
+        if they are there; the others must be.
       claims: what the figure claims, as checked; None where the run is not judged.
       command: that runs it again; by default the launcher's, from provenance.json.
 
@@ -70,11 +70,13 @@ def write_report(
     page = {
         "asked": _asked(run),
         "picture": _picture(run_dir / "figure.png"),
+        "numbers": _numbers(run_dir / "figure.csv"),
         "claims": claims,
         "verdict": None if claims is None else thresholds.verdict(claims),
         "thresholds": _thresholds(run),
         "fields": run.fields,
         "summary": _summary(run),
+        "conditions": _conditions(run),
         "curves": _curves(run),
         "errors": _errors(run),
         "resemblance": _resemblance(run),
@@ -181,6 +183,14 @@ def _picture(path: Path) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+def _numbers(path: Path) -> dict[str, Any] | None:
+    """What the picture shows and results.csv does not have, as it is, but for the length of its numbers."""
+    if not read_cells(path):
+        return None
+    rows = [[_short(value) for value in row.values()] for row in read_table(path)]
+    return {"columns": list(read_cells(path)[0]), "rows": rows}
+
+
 def _thresholds(run: _Tables) -> list[tuple[str, str]]:
     """(which, I50 in words) for every combination of the settings that vary besides the number of instructions."""
     if "instructions" not in run.fields:
@@ -211,6 +221,25 @@ def _summary(run: _Tables) -> list[dict[str, Any]]:
         }
         for key, ids in run.settings.items()
     ]
+
+
+def _conditions(run: _Tables) -> dict[str, Any] | None:
+    """Of every setting, the mean exact match over seeds in every slice that was tested besides the run's own."""
+    values: dict[tuple[str, tuple], list[float]] = {}
+    for row in run.results:
+        if "/" in row["slice"] and row["status"] == "ok":
+            values.setdefault((row["slice"], run.key(row["member"])), []).append(row["exact_match"])
+    slices = _unique(slice for slice, _ in values)
+    if not slices:
+        return None
+    return {
+        "slices": slices,
+        "rows": [
+            ([_text(value) for value in key],
+             [statistics.fmean(values[s, key]) if (s, key) in values else None for s in slices])
+            for key in run.settings
+        ],
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,6 +498,11 @@ def _counted(names: Sequence[str]) -> str:
 def _label(names: Sequence[str], values: Sequence[Any]) -> str:
     """Settings in words; a line breaks only between them (no-break spaces)."""
     return ", ".join(f"{name}\u00a0=\u00a0{_text(value)}" for name, value in zip(names, values, strict=True))
+
+
+def _short(value: Any) -> str:
+    """A cell of any table for people."""
+    return "–" if value != value else f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

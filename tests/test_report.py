@@ -219,6 +219,22 @@ class TestTables:
             ["60", "0.601 0.600–0.601", "1.000 1.000–1.000", "2", "none"],
         ]
 
+    def test_other_tests_are_means_over_seeds(self, tmp_path):
+        make_run(tmp_path)
+        rows = read_table(tmp_path / "results.csv")
+        others = [r | {"slice": "no_op/near_miss", "exact_match": (r["instructions"] + 2 * r["seed"]) / 100}
+                  for r in rows if r["split"] == "unseen" and r["instructions"] < 60]  # fmt: skip
+        write_table(tmp_path / "results.csv", rows + others, RESULT_COLUMNS)
+        rows = page(tmp_path).table("no_op/near_miss")
+        assert [row[-1] for row in rows] == ["0.050", "0.170", "–"]
+
+    def test_the_numbers_of_the_picture_are_shown(self, tmp_path):
+        make_run(tmp_path)
+        assert "Numbers of the picture" not in page(tmp_path).text
+        row = {"factor": EVIL, "i50": 189.123456, "ratio": math.nan, "seeds": 3}
+        write_table(tmp_path / "figure.csv", [row], list(row))
+        assert page(tmp_path).table("factor", "i50") == [[EVIL, "189.1", "–", "3"]]
+
     def test_a_diverged_member_is_said_and_left_out(self, tmp_path):
         members = make_run(tmp_path / "run", diverged=[(16, 1), (60, 0), (60, 1)])
         add_answers(tmp_path / "run", members)
