@@ -9,7 +9,7 @@ that fails does not stop the others. The same command again goes on, or reads ba
 import ast
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -32,16 +32,16 @@ def question(name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or name).splitlines()[0]
 
 
-def check(directory: Path) -> None:
-    """Makes the directory. Raises BadInput where it cannot be, or holds something else."""
+def prepare(directory: Path, names: Iterable[str]) -> None:
+    """Makes the directories of all runs. Raises BadInput where they cannot be made, or something else is there."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        there = [path.name for path in directory.iterdir()]
+        there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+        if there and not there & set(FIGURES):
+            raise BadInput(f"--run_dir={directory}: is not empty and holds no figures' runs; choose another directory")
+        for name in names:
+            (directory / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--run_dir={directory}: cannot be used ({error.strerror}); name another directory") from None
-    ours = {name for figure in FIGURES for name in (figure, f"{figure}.log")}
-    if there and not ours & set(there):
-        raise BadInput(f"--run_dir={directory}: is not empty and holds no figures' runs; choose another directory")
 
 
 def run_all(commands: Mapping[str, Sequence[str]], questions: Mapping[str, str], directory: Path) -> list[Entry]:
@@ -92,20 +92,18 @@ def summary(entries: Sequence[Entry], directory: Path) -> str:
 
 def main() -> None:
     directory = Path(FLAGS.run_dir or Path("runs") / FLAGS.preset)
-    check(directory)
     commands = {
         name: ["-m", f"experiments.{name}", f"--preset={FLAGS.preset}", f"--run_dir={directory / name}"]
         for name in FIGURES
         if name in (FLAGS.only or FIGURES)
     }
+    prepare(directory, commands)
     entries = run_all(commands, {name: question(name) for name in FIGURES}, directory)
     print(f"\n{summary(entries, directory)}\nindex: {directory / 'index.html'}")
     failed = [entry for entry in entries if entry.status != "done"]
     for entry in failed:
-        print(
-            f"error: {entry.name} {entry.status}: {'; '.join(entry.last_lines[-2:])}; {log_of(directory, entry.name)}",
-            file=sys.stderr,
-        )
+        logs = [str(directory / path) for path in entry.files.values() if path.endswith(".log")]
+        print("; ".join([f"{entry.name} {entry.status}", *entry.last_lines[-2:], *logs]), file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 

@@ -96,7 +96,7 @@ def test_smoke_of_everything(tmp_path):
     done = command("experiments.all", "--preset=smoke", f"--run_dir={directory}")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {fails} failed: ") and "holds no run" in line
+    assert line.startswith(f"{fails} failed; error: --run_dir=") and "holds no run" in line
     assert line.endswith(str(directory / f"{fails}.log")) and (directory / f"{fails}.log").exists()
     page = Page((directory / "index.html").read_text())
     assert [row[:2] for row in page.table("figure", "verdict")] == [
