@@ -23,7 +23,13 @@ from instrdiv.processes import Commands
 from instrdiv.settings import BadInput
 
 #: In the papers' order.
-FIGURES = ("fig2a_instruction_count", "fig2b_no_ops", "fig3_long_tail", "table1_occurrences")
+FIGURES = (
+    "fig2a_instruction_count",
+    "fig2b_no_ops",
+    "fig3_long_tail",
+    "table1_occurrences",
+    "threshold_scaling",
+)
 
 
 def question(name: str) -> str:

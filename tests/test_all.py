@@ -10,6 +10,7 @@ import pytest
 from experiments import all as everything
 from instrdiv.interruption import Interrupted
 from instrdiv.launcher import STOPPED, Figure
+from instrdiv.presets import BASES
 from tests.test_launchers import ROOT, command
 from tests.test_report import Page
 
@@ -37,7 +38,8 @@ def test_every_launcher_of_a_figure_is_named():
     for name in everything.FIGURES:
         module = importlib.import_module(f"experiments.{name}")
         assert isinstance(module.FIGURE, Figure) and module.FIGURE.name == name
-        assert everything.question(name) == module.__doc__.splitlines()[0] and everything.question(name)[-1] == "?"
+        assert set(module.FIGURE.presets) == set(BASES)  # --preset is the same for all
+        assert everything.question(name) == module.__doc__.splitlines()[0] and "?" in everything.question(name)
 
 
 def test_one_that_fails_does_not_stop_the_others(tmp_path, capfd):
