@@ -37,7 +37,7 @@ class Entry:
       command: that runs it again; None where it is not known.
       claims: as checked; None where the run is not judged.
       found: (which, I50).
-      seconds: wall time of its training and tests, over all launches that came to their end; None where none did.
+      seconds: wall time, as provenance.json has it, of all launches that came to their end; None where none did.
       last_lines: of a launcher that failed.
     """
 
