@@ -1,29 +1,24 @@
 """The report of a run: one HTML page that needs nothing else, made from the files in the run's directory alone.
 
-The same tables give the same bytes. Numbers and coordinates are computed here; ``report.html.jinja`` writes all markup,
-so that nothing from a table, a name or a command reaches the page unescaped.
+Numbers and coordinates are computed here; ``report.html.jinja`` writes all markup.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime
 import difflib
 import functools
-import json
 import math
-import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from instrdiv import thresholds
-from instrdiv.results import Row, read_cells, read_table, replacing, varying
+from instrdiv.pages import duration, in_words, labelled_thresholds, launched, read_provenance, setting_label, write_page
+from instrdiv.results import Row, read_cells, read_table, varying
 from instrdiv.saved import SavedRun
 from instrdiv.settings import SETTING_COLUMNS, BadInput, Setting
 
@@ -82,16 +77,9 @@ def write_report(
         "resemblance": _resemblance(run),
         "samples": _samples(run),
         "provenance": _provenance(run),
-        "command": command or _launched(run),
+        "command": command or launched(run.provenance, run.sweep.figure),
     }
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("report.html.jinja").render(page)
-    with replacing(run_dir / "report.html") as file:
-        file.write(html)
-    return run_dir / "report.html"
+    return write_page(run_dir / "report.html", "report.html.jinja", page)
 
 
 class _Tables:
@@ -113,7 +101,7 @@ class _Tables:
         self.devices = max(cohort.options.devices or 0 for cohort in saved.cohorts)
         self.members = {member.id: member for member in self.sweep.members}
         self.rows = {id: member.setting.as_row() for id, member in self.members.items()}
-        self.provenance = _read_json(path / "provenance.json", "command", "versions", "devices")
+        self.provenance = read_provenance(path / "provenance.json")
         self.metrics = self._of_members(path / "metrics.csv", _METRIC_COLUMNS)
         self.resemblance = self._of_members(path / "resemblance.csv", _RESEMBLANCE_COLUMNS)
         self.timings = read_table(path / "timings.csv", _TIMING_COLUMNS)
@@ -131,7 +119,7 @@ class _Tables:
         return tuple(self.rows[id][name] for name in self.fields)
 
     def label(self, key: tuple) -> str:
-        return _label(self.fields, key)
+        return setting_label(self.fields, key)
 
     def _at_the_end(
         self, path: Path, columns: Sequence[str], text: Sequence[str] = (), optional: bool = False
@@ -160,7 +148,7 @@ def _asked(run: _Tables) -> dict[str, Any]:
             # A length that was left open follows another one, and is at its default too.
             reset: dict[str, Any] = {name: fields[name].default}
             default = dataclasses.replace(setting, **reset).as_row()[name]
-            fixed[rows[0][name] == default].append((name, _text(rows[0][name]), fields[name].metadata["help"]))
+            fixed[rows[0][name] == default].append((name, in_words(rows[0][name]), fields[name].metadata["help"]))
     values = dict(zip(run.fields, zip(*run.settings, strict=True), strict=True))
     return {
         "figure": run.sweep.figure,
@@ -170,7 +158,7 @@ def _asked(run: _Tables) -> dict[str, Any]:
         "devices": _counted(run.provenance["devices"][: run.devices]),
         "dev_tests": run.sweep.dev_tests,
         "tests": run.sweep.tests,
-        "varied": [(name, _unique(map(_text, values[name])), fields[name].metadata["help"]) for name in run.fields],
+        "varied": [(name, _unique(map(in_words, values[name])), fields[name].metadata["help"]) for name in run.fields],
         "chosen": fixed[False],
         "default": fixed[True],
     }
@@ -192,13 +180,9 @@ def _numbers(path: Path) -> dict[str, Any] | None:
 
 
 def _thresholds(run: _Tables) -> list[tuple[str, str]]:
-    """(which, I50 in words) for every combination of the settings that vary besides the number of instructions."""
-    if "instructions" not in run.fields:
-        return []
-    others = [name for name in run.fields if name != "instructions"]
-    rows = [row | run.rows[row["member"]] for row in thresholds.select(run.results, "unseen", "has_op")]
-    found = thresholds.by_setting(rows, others)
-    return [(_label(others, key), threshold.text) for key, threshold in found.items() if len(threshold.values) > 1]
+    """(which, I50 in words)."""
+    rows = [row | run.rows[row["member"]] for row in run.results]
+    return [(label, found.text) for label, found in labelled_thresholds(rows, run.fields)]
 
 
 def _summary(run: _Tables) -> list[dict[str, Any]]:
@@ -213,7 +197,7 @@ def _summary(run: _Tables) -> list[dict[str, Any]]:
 
     return [
         {
-            "setting": [_text(value) for value in key],
+            "setting": [in_words(value) for value in key],
             "models": len(ids),
             "unseen": spread(ids, "unseen"),
             "seen": spread(ids, "seen"),
@@ -235,7 +219,7 @@ def _conditions(run: _Tables) -> dict[str, Any] | None:
     return {
         "slices": slices,
         "rows": [
-            ([_text(value) for value in key],
+            ([in_words(value) for value in key],
              [statistics.fmean(values[s, key]) if (s, key) in values else None for s in slices])
             for key in run.settings
         ],
@@ -365,7 +349,7 @@ def _errors(run: _Tables) -> dict[str, Any] | None:
         total = sum(tests.get(id, 0) for id in ids)
         if total:
             wrong = [counts[key, error] / total for error in classes]
-            rows.append({"setting": [_text(value) for value in key], "right": 1 - sum(wrong), "wrong": wrong})
+            rows.append({"setting": [in_words(value) for value in key], "right": 1 - sum(wrong), "wrong": wrong})
     return {"classes": classes, "rows": rows}
 
 
@@ -378,7 +362,7 @@ def _resemblance(run: _Tables) -> list[dict[str, Any]]:
         if rows:
             row = {name: statistics.fmean(row[name] for row in rows) for name in _RESEMBLANCE_COLUMNS[1:]}
             row["rule_distance_min"] = min(row["rule_distance_min"] for row in rows)
-            table.append(row | {"setting": [_text(value) for value in key]})
+            table.append(row | {"setting": [in_words(value) for value in key]})
     return table
 
 
@@ -433,7 +417,7 @@ def _provenance(run: _Tables) -> dict[str, Any]:
         "processor cores": said.get("processor_cores"),
         "platform": said.get("platform"),
         "launches": 1 + len(said.get("earlier_launches", [])),
-        "wall time of the last launch": _duration(said["wall_seconds"]) if "wall_seconds" in said else None,
+        "wall time of the last launch": duration(said["wall_seconds"]) if "wall_seconds" in said else None,
     }
     groups: dict[str, list[Row]] = {}
     for row in run.timings:
@@ -445,7 +429,7 @@ def _provenance(run: _Tables) -> dict[str, Any]:
             {
                 "group": group,
                 "reports": len(rows),
-                "seconds": _duration(sum(row["seconds"] for row in rows)),
+                "seconds": duration(sum(row["seconds"] for row in rows)),
                 "compiling": sum(row["seconds"] for row in rows if row["compiled"]),
                 "examples": statistics.median(row["examples_per_second"] for row in steady) if steady else None,
                 "tokens": statistics.median(row["tokens_per_second"] for row in steady) if steady else None,
@@ -454,32 +438,8 @@ def _provenance(run: _Tables) -> dict[str, Any]:
     return {"facts": {name: str(fact) for name, fact in facts.items() if fact}, "rates": rates}
 
 
-def _launched(run: _Tables) -> str | None:
-    """The command of the launcher that made the run; None if it was made in another way."""
-    script, *flags = run.provenance["command"]
-    flags = [flag for flag in flags if flag.lstrip("-").partition("=")[0] != "overwrite"]  # it would begin anew
-    figure = run.sweep.figure
-    return shlex.join(["python", "-m", f"experiments.{figure}", *flags]) if script == f"{figure}.py" else None
-
-
-def _read_json(path: Path, *names: str) -> Mapping[str, Any]:
-    """A JSON object that has these names. Raises BadInput if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from None
-    missing = [name for name in names if not isinstance(value, dict) or name not in value]
-    if missing:
-        raise BadInput(f"{path} lacks {missing[0]!r}; it is not a run's")
-    return value
-
-
 def _seeds(run: _Tables) -> list[int]:
     return sorted({member.seed for member in run.sweep.members})
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _step_of(status: str) -> int:
@@ -495,18 +455,6 @@ def _counted(names: Sequence[str]) -> str:
     return ", ".join(f"{count} × {name}" for name, count in Counter(names).items())
 
 
-def _label(names: Sequence[str], values: Sequence[Any]) -> str:
-    """Settings in words; a line breaks only between them (no-break spaces)."""
-    return ", ".join(f"{name}\u00a0=\u00a0{_text(value)}" for name, value in zip(names, values, strict=True))
-
-
 def _short(value: Any) -> str:
     """A cell of any table for people."""
-    return "–" if value != value else f"{value:.4g}" if isinstance(value, float) else _text(value)
-
-
-def _text(value: Any) -> str:
-    """A setting's value for people."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return "–" if value != value else f"{value:.4g}" if isinstance(value, float) else in_words(value)

@@ -1,0 +1,125 @@
+"""Runs the launchers of all figures, one after another, and writes a page that links their reports.
+
+    python -m experiments.all --preset=laptop --run_dir=runs/laptop
+
+Each figure's run is in a directory of its own in there, and ``index.html`` beside them says what came of all. A figure
+that fails does not stop the others. The same command again goes on, or reads back what is finished.
+"""
+
+import ast
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments.show_data import as_text
+from instrdiv.index import Entry, log_of, read_entry, write_index, write_log
+from instrdiv.interruption import Interrupted
+from instrdiv.launcher import FLAGS, STOPPED, ListParser, NameParser, define_preset_flag, start
+from instrdiv.presets import BASES
+from instrdiv.processes import Commands
+from instrdiv.settings import BadInput
+
+#: In the papers' order.
+FIGURES = (
+    "fig2a_instruction_count",
+    "fig2b_no_ops",
+    "fig3_long_tail",
+    "table1_occurrences",
+    "threshold_scaling",
+)
+
+
+def question(name: str) -> str:
+    """The first line of a launcher's docstring, without running it."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or name).splitlines()[0]
+
+
+def prepare(directory: Path, names: Iterable[str]) -> None:
+    """Makes the directories of all runs. Raises BadInput where they cannot be made, or something else is there."""
+    try:
+        there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+        if there and not there & set(FIGURES):
+            raise BadInput(f"--run_dir={directory}: is not empty and holds no figures' runs; choose another directory")
+        for name in names:
+            (directory / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--run_dir={directory}: cannot be used ({error.strerror}); name another directory") from None
+
+
+def run_all(commands: Mapping[str, Sequence[str]], questions: Mapping[str, str], directory: Path) -> list[Entry]:
+    """Runs the launchers of figures, one after another, and keeps the index up to date.
+
+    Args:
+      commands: figure -> what Python is to run, in order.
+      questions: figure -> the question it asks, for all figures that the index is about.
+      directory: of all runs.
+
+    Returns:
+      What became of each.
+
+    Raises:
+      Interrupted: a launcher was stopped, and has saved its run; the index is written.
+    """
+    write_index(directory, questions)
+    with Commands() as running:
+        for number, (name, command) in enumerate(commands.items(), 1):
+            print(f"[{number}/{len(commands)}] {name}", flush=True)
+            log_of(directory, name).unlink(missing_ok=True)
+            ended = running.run([sys.executable, *command])
+            stopped = running.stop or ended.status == STOPPED
+            if ended.status and not stopped:
+                write_log(directory, name, shlex.join(["python", *command]), [*ended.last_lines, ended.text])
+            write_index(directory, questions)
+            if stopped and (ended.status or number < len(commands)):
+                raise Interrupted(
+                    f"stopped at {name} ({number} of {len(commands)}). The same command goes on from there"
+                )
+    return [read_entry(directory, name, questions[name]) for name in commands]
+
+
+def summary(entries: Sequence[Entry], directory: Path) -> str:
+    """A table: what became of each figure."""
+    return as_text([
+        {
+            "figure": entry.name,
+            "status": entry.status,
+            "verdict": entry.verdict if entry.status == "done" else "–",
+            "I50": entry.i50 or "–",
+            "wall time": entry.wall_time or "–",
+            "report": str(directory / entry.files["report.html"]) if "report.html" in entry.files else "–",
+        }
+        for entry in entries
+    ])  # fmt: skip
+
+
+def main() -> None:
+    directory = Path(FLAGS.run_dir or Path("runs") / FLAGS.preset)
+    commands = {
+        name: ["-m", f"experiments.{name}", f"--preset={FLAGS.preset}", f"--run_dir={directory / name}"]
+        for name in FIGURES
+        if name in (FLAGS.only or FIGURES)
+    }
+    prepare(directory, commands)
+    entries = run_all(commands, {name: question(name) for name in FIGURES}, directory)
+    print(f"\n{summary(entries, directory)}\nindex: {directory / 'index.html'}")
+    failed = [entry for entry in entries if entry.status != "done"]
+    for entry in failed:
+        logs = [str(directory / path) for path in entry.files.values() if path.endswith(".log")]
+        print("; ".join([f"{entry.name} {entry.status}", *entry.last_lines[-2:], *logs]), file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    define_preset_flag(BASES)
+    flags.DEFINE(
+        ListParser(flags.EnumParser(list(FIGURES))),
+        "only",
+        None,
+        f"figures to run, of {', '.join(FIGURES)} (default: all)",
+    )
+    flags.DEFINE(NameParser(), "run_dir", None, "where their runs and the index go (default: runs/<preset>)")
+    start(main)

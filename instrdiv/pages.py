@@ -1,0 +1,84 @@
+"""What the HTML pages have in common: how they are written, what they read, and how values read on them.
+
+Numbers and coordinates are computed in Python; the templates write all markup, so that nothing from a table, a name or
+a command reaches a page unescaped. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from instrdiv import thresholds
+from instrdiv.results import Row, replacing
+from instrdiv.settings import BadInput
+
+
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
+    """Writes a page whole or not at all, and returns its path."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template(template).render(values)
+    with replacing(path) as file:
+        file.write(html)
+    return path
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a launch said of itself. Raises BadInput if that cannot be read."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+    missing = [name for name in ("command", "versions", "devices") if not isinstance(said, dict) or name not in said]
+    if missing:
+        raise BadInput(f"{path} lacks {missing[0]!r}; it is not a run's")
+    return said
+
+
+def launched(provenance: Mapping[str, Any], figure: str) -> str | None:
+    """The command of the launcher that made the run of this figure; None if it was made in another way."""
+    script, *flags = provenance["command"]
+    flags = [flag for flag in flags if flag.lstrip("-").partition("=")[0] != "overwrite"]  # it would begin anew
+    return shlex.join(["python", "-m", f"experiments.{figure}", *flags]) if script == f"{figure}.py" else None
+
+
+def labelled_thresholds(rows: Sequence[Row], fields: Sequence[str]) -> list[tuple[str, thresholds.Threshold]]:
+    """(which, I50) for every combination of the settings that vary besides the number of instructions.
+
+    Args:
+      rows: of results.csv, about each member's end.
+      fields: the settings that vary.
+    """
+    if "instructions" not in fields:
+        return []
+    others = [name for name in fields if name != "instructions"]
+    found = thresholds.by_setting(thresholds.select(rows, "unseen", "has_op"), others)
+    return [(setting_label(others, key), threshold) for key, threshold in found.items() if len(threshold.values) > 1]
+
+
+def duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def setting_label(names: Sequence[str], values: Sequence[Any]) -> str:
+    """Settings in words; a line breaks only between them (no-break spaces)."""
+    return ", ".join(f"{name}\u00a0=\u00a0{in_words(value)}" for name, value in zip(names, values, strict=True))
+
+
+def in_words(value: Any) -> str:
+    """A setting's value for people."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
