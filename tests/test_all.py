@@ -11,6 +11,7 @@ from experiments import all as everything
 from instrdiv.interruption import Interrupted
 from instrdiv.launcher import STOPPED, Figure
 from instrdiv.presets import BASES
+from instrdiv.results import read_table
 from tests.test_launchers import ROOT, command
 from tests.test_report import Page
 
@@ -107,5 +108,10 @@ def test_smoke_of_everything(tmp_path):
     (directory / fails / "thesis.tex").unlink()
     again = command("experiments.all", "--preset=smoke", f"--run_dir={directory}")
     assert again.returncode == 0 and again.stderr == "" and again.stdout.count("finished earlier") == len(works)
+    assert "(1 of " not in again.stdout, "tests of a figure's own are not made twice"
     for name in everything.FIGURES:
         assert (directory / name / "report.html").exists() and (directory / name / "figure.pdf").exists()
+    found = {name: (directory / name / "results.csv").read_text() for name in everything.FIGURES}
+    assert ",unseen,no_op/near_miss," in found["fig2b_no_ops"] and ",seen_by_share," in found["fig3_long_tail"]
+    assert found["table1_occurrences"].count(",unseen,occurrences_tested=1+2/has_op,") == 2 * 3
+    assert {row["factor"] for row in read_table(directory / "threshold_scaling" / "figure.csv")} == {"width", "rate"}

@@ -11,6 +11,7 @@ from tests.test_launchers import FIG2A, command
 from tests.worlds import TINY
 
 EVALUATE, EXPORT, SHOW = "experiments.evaluate", "experiments.export", "experiments.show_data"
+FIG3, TABLE1, SCALING = "experiments.fig3_long_tail", "experiments.table1_occurrences", "experiments.threshold_scaling"
 SMOKE = (FIG2A, "--preset=smoke")
 MEMBER = Sweep.grid(TINY, seeds=1, instructions=[4]).members[0].id
 
@@ -43,6 +44,11 @@ MISTAKES = [
     ((*SMOKE, "--config.near_miss_fraction=0.5"), ["--config.near_miss_fraction=0.5: has no effect"]),
     ((*SMOKE, "--config.k_max=3"), ["--config.k_max=3: has no effect", "--config.family"]),
     ((*SMOKE, "--config.alphabet_size=2", "--config.instructions=64"), ["--config.family=free", "has only"]),
+    ((FIG3, "--preset=smoke", "--config.tail_shape=inf,0"), ["--config.tail_shape=0.0: must be positive"]),
+    ((TABLE1, "--preset=smoke", "--config.occurrences=1,1+x"), ["config.occurrences=1,1+x", "whole number"]),
+    ((TABLE1, "--preset=smoke", "--config.occurrences=1,1+4"), ["--config.occurrences=1,4", "at most 3 patterns"]),
+    ((SCALING, "--preset=smoke", "--factor=colour"), ["--factor=colour", "width"]),
+    ((SCALING, "--preset=smoke", "--factor=depth"), ["--factor=depth: the preset smoke has width, rate"]),
     # Layouts that do not fit.
     ((*SMOKE, "--devices=100000"), ["--devices=100000", "from 1 to 256"]),
     ((*SMOKE, "--data_parallel=3"), ["--data_parallel=3", "must divide"]),
@@ -104,7 +110,7 @@ def everything(path):
 def test_a_mistake_is_one_clear_line_and_leaves_nothing(arguments, parts, places):
     names = {name: places / name for name in ("saved", "damaged", "torn", "used", "other", "file")}
     module, *flags = (argument.format(**names) for argument in arguments)
-    if module == FIG2A and not any(flag.startswith("--run_dir") for flag in flags):
+    if module in (FIG2A, FIG3, TABLE1, SCALING) and not any(flag.startswith("--run_dir") for flag in flags):
         flags.append("--run_dir=run")
     before = everything(places)
     done = command(module, *flags, cwd=places / "here")
@@ -115,4 +121,4 @@ def test_a_mistake_is_one_clear_line_and_leaves_nothing(arguments, parts, places
 
 
 def test_there_are_forty():
-    assert len(MISTAKES) >= 40 and len({arguments[0] for arguments, _ in MISTAKES}) == 4
+    assert len(MISTAKES) >= 40 and len({arguments[0] for arguments, _ in MISTAKES}) == 7
