@@ -68,7 +68,7 @@ class Run:
         others = [name for name in varying(self.results) if name != x]
         if others:
             raise BadInput(f"the members differ in {', '.join(others)}, not in {x} alone: a curve over all of them "
-                           "would mix them; take the rows of one value at a time (thresholds.threshold)")  # fmt: skip
+                           "would mix them; thresholds.by_setting has one for each of their values")  # fmt: skip
 
 
 def plan(sweep: Sweep, options: Options | None = None) -> Plan:
