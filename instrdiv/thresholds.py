@@ -51,9 +51,11 @@ def exact_interval(successes: int, tests: int, confidence: float = 0.95) -> tupl
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and t-interval over seeds."""
+    """Mean and t-interval over seeds; ``NOTHING`` of no values."""
     from scipy import stats
 
+    if not len(values):
+        return NOTHING
     array = np.asarray(values, float)
     mean, count = float(array.mean()), len(array)
     if count < 2:
