@@ -7,7 +7,8 @@ Of *Only-IF* (P2, arXiv 2410.04717).
 A share of the training inputs lacks the pattern (no-ops: to be copied). Panels: has-op, which is the headline and has
 the threshold; the average over the member's own mixture, as the papers draw it; random no-ops; and *near misses*,
 no-ops that contain the pattern but for one letter. Models are trained on random no-ops only, as we read the papers:
-they see a near miss for the first time when they are tested.
+they see a near miss for the first time when they are tested. The number of examples is fixed, so more no-ops are fewer
+has-ops.
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   nothing: it only has to run

@@ -7,6 +7,9 @@ How does I50 move with the model (width, depth, positions), the training (optimi
 names one or some, otherwise all are run. Levels that change a shape are groups of their own in the same run.
 ``examples`` changes the number of different examples N at a fixed number of steps, ``epochs`` the number of steps at a
 fixed N; ``rate`` changes both of Muon's rates together; with ``pattern``, the replacement is as long as the pattern.
+A level changes nothing else, and so is not tuned: heads, rates and the steps of warm-up stay those of the base (AdamW's
+rate, 3e-3, is the one of our first trials). Shorter patterns and smaller alphabets also mean fewer strings: there are
+676 of 2 letters, so that many rules share a pattern.
 
 ``figure.csv`` has the threshold of every level, its ratio to that of the base (intervals at a confidence that makes up
 for the number of comparisons), and the exponent of a power law through the levels.
@@ -43,6 +46,9 @@ FIELDS = {
     "examples": ("examples", "epochs"),
     "epochs": ("epochs",),
 }
+
+#: Factors whose trend may be a power law; of a rate, rather, there is a best one.
+TRENDS = ("width", "depth", "pattern", "examples", "epochs")
 
 LAPTOP_FACTORS: Mapping[str, Sequence[Level]] = {
     "width": ({"width": 32}, {}, {"width": 96}),
@@ -90,7 +96,7 @@ PRESETS = {
         factors={
             **PAPER_FACTORS,
             "examples": ({"examples": 250_000, "epochs": 6.0}, {}, {"examples": 1_500_000, "epochs": 1.0}),
-            "epochs": ({"epochs": 0.5}, {}, {"epochs": 4.5}),
+            "epochs": ({"epochs": 1.0}, {}, {"epochs": 4.5}),
             "rate": (
                 {"learning_rate": 1e-2, "adam_learning_rate": 1e-3},
                 {},
@@ -156,7 +162,7 @@ def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], d
 
 
 def summary(results: Sequence[Row]) -> list[Row]:
-    """A row a factor and level: threshold, ratio to the base's, and the factor's trend where its levels are numbers.
+    """A row a factor and level: threshold, ratio to the base's, and the trend of a factor of ``TRENDS`` (three levels).
 
     Intervals of the ratios hold together, and so do those of the trends.
     """
@@ -170,13 +176,13 @@ def summary(results: Sequence[Row]) -> list[Row]:
         {key: t for key, t in found.items() if key == once or key not in base}, ["factor", "level"], once
     )
     row_of = {(row["factor"], row["level"]): row for row in compared}
-    numeric = [factor for factor, of_factor in levels.items() if not any(isinstance(level, str) for level in of_factor)]
+    trending = [factor for factor in TRENDS if len(levels.get(factor, ())) >= 3]
     rows = []
     for factor, level in found:
-        trend = thresholds.trend(levels[factor], len(numeric)) if factor in numeric else thresholds.NOTHING
+        trend = thresholds.trend(levels[factor], len(trending)) if factor in trending else thresholds.NOTHING
         row = row_of[once if (factor, level) in base else (factor, level)] | {"factor": factor, "level": level}
         exponent = {"exponent": trend.mean, "exponent_low": trend.low, "exponent_high": trend.high}
-        rows.append(row | exponent | {"trends": len(numeric)})
+        rows.append(row | exponent | {"trends": len(trending)})
     return rows
 
 
@@ -202,7 +208,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     figure.suptitle("What moves the threshold?", x=0.02, ha="left", weight="bold", fontsize=13)
     comparisons, trends = (rows[0]["comparisons"], rows[0]["trends"]) if rows else (0, 0)
     notes = (
-        "Orange: the base, in every panel. Arrows: seeds whose step lies outside the tested I; they are in no mean.",
+        "Orange: the base, in every panel. Bars: geometric means. Arrows: seeds whose step lies outside the tested I.",
         f"{comparisons} comparisons with the base; {trends} trends, exponents with simultaneous 95 % intervals.",
     )
     plots.finish(figure, results, path_stem, *notes)

@@ -74,8 +74,8 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
     log, run_dir = log_of(directory, name), directory / name
     there = {path.name: path for path in (log, *(run_dir / file for file in _FILES)) if path.exists()}
     entry = Entry(name, question, "not run", {file: str(path.relative_to(directory)) for file, path in there.items()})
-    if log.exists():
-        command, *said = log.read_text(encoding="utf-8").splitlines()
+    if log.is_file():
+        command, *said = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         return dataclasses.replace(entry, status="failed", command=command, last_lines=said[-LAST_LINES:])
     if "report.html" not in there:
         started = (run_dir / "config.json").exists()
@@ -93,8 +93,11 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
             found=labelled_thresholds(results, varying(results)),
             seconds=sum(seconds) if seconds else None,
         )
-    except BadInput as error:
-        return dataclasses.replace(entry, status="failed", last_lines=[str(error)])
+    except (OSError, ValueError, TypeError, KeyError) as error:  # whatever is wrong with one, the others are shown
+        why = (
+            str(error) if isinstance(error, BadInput) else f"{run_dir} cannot be read: {type(error).__name__}: {error}"
+        )
+        return dataclasses.replace(entry, status="failed", last_lines=[why])
 
 
 def log_of(directory: Path, name: str) -> Path:

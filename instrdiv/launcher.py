@@ -132,6 +132,9 @@ def launch(figure: Figure) -> None:
                 expected = forecast(sweep, options, say)
             print(expected.text)
             return
+        for condition in figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []:
+            for member in sweep.members:
+                condition.setting(member)  # can all be tested as the figure wants it? asked before anything is trained
         RunDirectory.check(run_dir, sweep, options, FLAGS.overwrite)
         if FLAGS.overwrite or not devices_of(run_dir):
             print(plan(sweep, options).text, flush=True)
@@ -166,6 +169,11 @@ def make_sweep(figure: Figure, preset: Preset) -> Sweep:
         if lacking:
             raise BadInput(f"--factor={lacking[0]}: the preset {FLAGS.preset} has {', '.join(preset.factors)}")
         changes = [level for name in chosen for level in preset.factors[name]]
+        clash = sorted({name for level in changes for name in level} & given.keys())
+        if clash:
+            raise BadInput(
+                f"--config.{clash[0]}: a factor varies it; leave it out, or name other factors with --factor"
+            )
     settings = [
         dataclasses.replace(base, **change, **dict(zip(lists, values, strict=True)))
         for change in changes
@@ -333,14 +341,16 @@ def _test(figure: Figure, run_dir: Path, options: Options) -> None:
     saved = SavedRun(run_dir)
     conditions = figure.conditions([member.setting for member in saved.sweep.members])
     rows = read_cells(run_dir / "results.csv")
-    tested = {(row["member"], row["slice"].partition("/")[0]) for row in rows if "/" in row["slice"]}
-    if {(member.id, condition.name) for member in saved.sweep.members for condition in conditions} <= tested:
-        return
+    tested = {(r["member"], r["step"], r["slice"].partition("/")[0]) for r in rows if "/" in r["slice"]}
     with saved.locked(), telling() as say:
-        outcome = evaluate(saved, {figure.name: lambda setting: conditions}, options=options, say=say)
-        saved.write_results(outcome.results, outcome.errors)
-    for line in outcome.left_out:
-        print(f"left out: {line}")
+        for group in saved.groups:
+            step, ids = str(group.config.steps), [member.id for member in group.members]
+            if {(id, step, condition.name) for id in ids for condition in conditions} <= tested:
+                continue
+            outcome = evaluate(saved, {figure.name: lambda setting: conditions}, ids, options=options, say=say)
+            saved.write_results(outcome.results, outcome.errors)
+            for line in outcome.left_out:
+                say(f"left out: {line}")
 
 
 def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | None:
@@ -351,10 +361,16 @@ def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | N
     if not figure.presets[FLAGS.preset].judged:
         print(f"verdict: none, the preset {FLAGS.preset} is too small to show anything")
         return None
-    if setting_flags():
-        print("verdict: none, the claims are about the preset's own settings")
+    preset = figure.presets[FLAGS.preset]
+    fewer = (FLAGS.seeds or preset.seeds) < preset.seeds or (FLAGS.tests or preset.tests) < preset.tests
+    if setting_flags() or fewer:
+        print("verdict: none, the claims are about the preset's own settings, seeds and tests")
         return None
-    claims = figure.claims(results)
+    lost = {row["member"] for row in results if row["status"] != "ok"}
+    if lost:  # the claims are about means: without its stragglers, a setting would look better than it is
+        claims = [thresholds.Claim("every model trained to its end", False, f"{len(lost)} diverged")]
+    else:
+        claims = figure.claims(results)
     for claim in claims:
         print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
     print(f"verdict: {thresholds.verdict(claims)}")

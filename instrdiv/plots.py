@@ -110,7 +110,7 @@ def caption(results: Sequence[Row]) -> str:
         f"examples seen), {values('optimizer', '{}')}; {values('layers')} layers, width {values('width')};\n"
         f"input {values('input_length')}, pattern {values('pattern_length')}, "
         f"planted {planted[0] if len(planted) == 1 else 'as named'}."
-        + (f" {diverged} diverged (crosses)." if diverged else "")
+        + (f" {diverged} diverged (left out; crosses, where drawn)." if diverged else "")
     )
 
 
@@ -157,9 +157,13 @@ def one_half(axes) -> None:
 
 
 def curve(
-    axes, values: Mapping[float, Sequence[float]], color, label: str | None = None, marker: str = "o", style: str = "-"
-) -> None:
-    """Every member as a dot, and a line of means with 95 % t-intervals over seeds; x -> exact matches of the seeds."""
+    axes, values: Mapping[float, Sequence[float]], color, label: str | None = None, marker: str = "o", style: str = "-",
+    light: bool = False,
+) -> None:  # fmt: skip
+    """Every member as a dot, and a line of means with 95 % t-intervals over seeds; ``light``: thin, without the dots.
+
+    ``values``: x -> exact matches of the seeds.
+    """
     if not values:
         return
     means = [thresholds.mean_interval(points) for points in values.values()]
@@ -168,6 +172,11 @@ def curve(
     # Exact match cannot leave [0, 1]; a t-interval can.
     low, high = (np.clip([getattr(interval, end) for interval in means], 0, 1) for end in ("low", "high"))
     errors = np.nan_to_num(np.stack([mean - low, high - mean]))
+    if light:
+        axes.errorbar(
+            x, mean, yerr=errors, color=color, lw=1, ls=style, elinewidth=0.6, label=label, alpha=0.7, zorder=2
+        )
+        return
     axes.errorbar(x, mean, yerr=errors, color=color, lw=1.8, ls=style, capsize=3, elinewidth=1, label=label, zorder=3)
     logarithmic = axes.get_xscale() == "log"
     for value, points in values.items():

@@ -199,13 +199,14 @@ def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Int
     """How many times higher each threshold is than the baseline's: ratios of geometric means over seeds.
 
     The intervals are Dunnett's, made for several settings that are compared with one: with 95 % confidence they ALL
-    hold. They take log I50 to spread alike over the seeds of every setting. NaN where a setting has no threshold; the
-    ends are NaN where there are too few seeds to tell how they spread.
+    hold. They take log I50 to spread alike over the seeds of every setting. NaN where a seed of a setting, or of the
+    baseline, passes one half outside the tested range (to leave it out would bend the ratio); the ends are NaN where
+    there are too few seeds to tell how they spread.
     """
     from scipy import stats
 
     def logs(threshold: Threshold) -> list[float]:
-        return [math.log(c.value) for c in threshold.per_seed.values() if not math.isnan(c.value)]
+        return [] if threshold.outside else [math.log(c.value) for c in threshold.per_seed.values()]
 
     control = logs(baseline)
     samples = {key: values for key, threshold in found.items() if control and (values := logs(threshold))}
@@ -270,15 +271,26 @@ def mean_of(rows: Sequence[Row]) -> float:
     return float(np.mean([row["exact_match"] for row in rows])) if rows else math.nan
 
 
-def residual(x: Sequence[float], exact_match: Sequence[float]) -> float:
-    """How far members are from ONE curve that rises with x: the root mean square that the best such curve leaves."""
+def residual(x: Sequence[float], exact_match: Sequence[float], seeds: Sequence[int]) -> float:
+    """How far members are from ONE curve that rises with x: the root mean square error of the members of each seed
+    against the best such curve through the members of the other seeds, linear in log(1 + x) between them.
+
+    Left out, a seed cannot bend the curve to itself; so an x with many different values has no advantage. NaN where
+    there is one seed only.
+    """
     from scipy.optimize import isotonic_regression
 
-    match = np.asarray(exact_match, float)
-    _, place = np.unique(x, return_inverse=True)  # members at one x share a point of the curve
-    weights = np.bincount(place)
-    curve = isotonic_regression(np.bincount(place, match) / weights, weights=weights).x
-    return float(np.sqrt(np.mean((match - curve[place]) ** 2)))
+    place, match, seed = np.log1p(np.asarray(x, float)), np.asarray(exact_match, float), np.asarray(seeds)
+    if len(set(seeds)) < 2:
+        return math.nan
+    errors = np.zeros(len(match))
+    for left_out in set(seeds):
+        fitted, there = seed != left_out, seed == left_out
+        knots, knot_of = np.unique(place[fitted], return_inverse=True)  # members at one x share a point of the curve
+        weights = np.bincount(knot_of)
+        curve = isotonic_regression(np.bincount(knot_of, match[fitted]) / weights, weights=weights).x
+        errors[there] = match[there] - np.interp(place[there], knots, curve)
+    return float(np.sqrt(np.mean(errors**2)))
 
 
 def onset(metrics: Sequence[Row]) -> int | None:

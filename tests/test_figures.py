@@ -1,6 +1,5 @@
 """The launchers of the figures: presets that can be planned, pictures and claims from tables whose truth is known."""
 
-import dataclasses
 import importlib
 import math
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from instrdiv import launcher, thresholds
+from instrdiv import launcher
 from instrdiv.population import make_groups
 from instrdiv.results import Row, read_table
 from instrdiv.rewriting.rules import effective_number
@@ -62,8 +61,32 @@ def draw(name, rows, tmp_path) -> list[Row]:
     return read_table(tmp_path / "figure.csv") if (tmp_path / "figure.csv").exists() else []
 
 
-def verdict(name, rows):
-    return thresholds.verdict(MODULES[name].FIGURE.claims(rows))
+def broken(name, rows) -> list[str]:
+    """The claims that do not hold."""
+    return [claim.text for claim in MODULES[name].FIGURE.claims(rows) if not claim.holds]
+
+
+def lines(axes, label=None):
+    """The y values of the drawn curves, by their labels."""
+    containers = [c for c in axes.containers if label is None or c.get_label().startswith(label)]
+    return [list(container.lines[0].get_ydata()) for container in containers]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that a draw makes."""
+    figures, original = [], MODULES["fig2b_no_ops"].plots.finish
+
+    def finish(figure, *rest):
+        figures.append(figure)
+        original(figure, *rest)
+
+    for name in ("fig2b_no_ops", "fig3_long_tail"):
+        finish = MODULES[name].plots.finish
+        monkeypatch.setattr(
+            MODULES[name].plots, "finish", lambda f, *rest, finish=finish: (figures.append(f), finish(f, *rest))
+        )
+    return figures
 
 
 class TestPresets:
@@ -119,6 +142,11 @@ class TestFlags:
         assert {(m.setting.width, m.setting.layers) for m in sweep.members} == {(32, 1), (64, 1), (96, 1)}
         assert {m.setting.instructions for m in sweep.members} == {4, 8}
 
+    def test_what_a_factor_varies_is_not_changed_besides(self, flags):
+        flags.factor, flags.given = ["depth"], {"layers": 6}
+        with pytest.raises(BadInput, match=r"^--config\.layers: a factor varies it"):
+            sweep_of(flags, "threshold_scaling")
+
     def test_a_factor_that_the_preset_lacks_is_named(self, flags):
         flags.factor = ["depth"]
         with pytest.raises(BadInput, match=r"^--factor=depth: the preset smoke has width, rate$"):
@@ -151,9 +179,21 @@ class TestFig2b:
         assert thresholds == sorted(thresholds) and found[2]["ratio"] == pytest.approx(thresholds[2] / thresholds[0])
         assert found[0]["comparisons"] == 2 and all(row["below"] == 128 for row in found)
 
-    def test_verdicts(self, flags):
-        assert verdict(self.NAME, self.rows(flags)) == "reproduced"
-        assert verdict(self.NAME, self.rows(flags, top=lambda share: 1 - 0.6 * share)) == "not reproduced"
+    def test_every_claim_can_fail(self, flags):
+        assert broken(self.NAME, self.rows(flags)) == []
+        (share,) = broken(self.NAME, self.rows(flags, top=lambda share: 1 - 0.3 * share))
+        assert share.startswith("beyond the step the share hardly matters")
+        (many,) = broken(
+            self.NAME, self.rows(flags, top=lambda share: 0.85 - 0.15 * (share == 0.5) + 0.06 * (share < 0.5))
+        )[:1]
+        assert many.startswith("50% no-ops: many instructions generalise")
+
+    def test_every_panel_has_its_slice(self, flags, drawn, tmp_path):
+        value = {"has_op": 0.1, "all": 0.2, "no_op": 0.3, "no_op/near_miss": 0.4, "no_op/has_op": 0.5}
+        sweep = sweep_of(flags, self.NAME)
+        draw(self.NAME, table(sweep, lambda member, split, slice: value[slice], slices=list(value)), tmp_path)
+        panels = [lines(axes) for axes in drawn[0].axes]
+        assert panels == [[pytest.approx([level] * 5)] * 3 for level in (0.1, 0.2, 0.3, 0.4)]
 
 
 class TestFig3:
@@ -169,8 +209,8 @@ class TestFig3:
     def test_the_measure_that_the_world_goes_by_explains_it_best(self, flags, tmp_path, measure):
         found = draw(self.NAME, self.rows(flags, MODULES[self.NAME].MEASURES[measure]), tmp_path)
         residuals = {row["measure"]: row["residual"] for row in found}
-        assert residuals[measure] == pytest.approx(0, abs=1e-9)
-        assert sum(residual < 1e-3 for residual in residuals.values()) < 3 and found[0]["compared"] == len(residuals)
+        assert residuals[measure] == min(residuals.values()) < 0.06 and found[0]["compared"] == len(residuals)
+        assert sum(residual < 2 * residuals[measure] for residual in residuals.values()) < 4
 
     def test_the_count_that_is_drawn_is_chosen_on_unseen_dev(self, flags):
         by_eight, by_one = (self.rows(flags, lambda counts, n=n: (counts >= n).sum()) for n in (8, 1))
@@ -184,9 +224,26 @@ class TestFig3:
             row = member.setting.as_row() | {"seed": member.seed}
             np.testing.assert_array_equal(MODULES[self.NAME].counts_of(row), member.rule_counts())
 
-    def test_verdicts(self, flags):
-        assert verdict(self.NAME, self.rows(flags, effective_number)) == "reproduced"
-        assert verdict(self.NAME, self.rows(flags, len)) == "not reproduced"
+    def test_every_claim_can_fail(self, flags):
+        rows = self.rows(flags, effective_number)
+        assert broken(self.NAME, rows) == []
+        (collapse,) = broken(self.NAME, self.rows(flags, len))
+        assert collapse.startswith("and collapse where the tail is longest")
+
+        def spoilt(instructions, tail_shape):
+            cell = {"instructions": instructions, "tail_shape": tail_shape}
+            return [row | {"exact_match": 0.5} if cell.items() <= row.items() else row for row in rows]
+
+        (many,) = broken(self.NAME, spoilt(8192, 0.1))
+        (few,) = broken(self.NAME, spoilt(512, math.inf))
+        assert many.startswith("many rules hold at every shape") and few.startswith("few rules generalise where")
+
+    def test_seen_rules_are_drawn_both_ways(self, flags, drawn, tmp_path):
+        value = {"unseen": 0.1, "unseen_dev": 0.1, "seen": 0.2, "seen_by_share": 0.3}
+        sweep = sweep_of(flags, self.NAME)
+        draw(self.NAME, table(sweep, lambda member, split, slice: value[split], value, ("has_op",)), tmp_path)
+        curves = lines(drawn[0].axes[1])
+        assert sorted(curve[0] for curve in curves) == pytest.approx([0.1] * 3 + [0.2] * 3 + [0.3] * 3)
 
 
 class TestTable1:
@@ -223,21 +280,28 @@ class TestTable1:
         for values, *_ in rest:
             np.testing.assert_allclose(values, expected)
 
-    def test_verdicts(self, flags):
-        assert verdict(self.NAME, self.rows(flags)) == "reproduced"
-        assert verdict(self.NAME, self.rows(flags, mixture=0.25)) == "not reproduced"
+    def test_every_claim_can_fail(self, flags):
+        rows = self.rows(flags)
+        assert broken(self.NAME, rows) == []
+        assert (
+            broken(self.NAME, self.rows(flags, mixture=0.25))
+            == ["the mixture beats every single number of occurrences"] * 2
+        )
+        few = [row | {"exact_match": 0.2} if row["instructions"] == 64 else row for row in rows]
+        assert len(broken(self.NAME, few)) == 1 and broken(self.NAME, few)[0].startswith("few rules never generalise")
+        assert broken(self.NAME, [row | {"exact_match": 0.01} for row in rows]) == ["something generalises"]
 
     def test_a_table_that_was_read_back_says_the_same(self, flags):
         """In a CSV the list (1,) is the number 1."""
         rows = [row | {"occurrences": int(o) if (o := row["occurrences"]).isdigit() else o} for row in self.rows(flags)]
-        assert verdict(self.NAME, rows) == "reproduced"
+        assert broken(self.NAME, rows) == []
         assert list(MODULES[self.NAME].tested_on(rows)) == ["1", "2", "3", "1+2+3"]
 
 
 class TestScaling:
     NAME = "threshold_scaling"
 
-    def rows(self, flags, **kept):
+    def rows(self, flags):
         def world(member, split, slice):
             s = member.setting
             threshold = 190 * (s.width / 64) ** -0.5 * (1 if s.examples != 16_384 else (s.epochs / 3) ** -1)
@@ -259,15 +323,19 @@ class TestScaling:
             elif row["factor"] in ("width", "epochs"):
                 relative = row["level"] / base[row["factor"]]
                 expected = relative ** {"width": -0.5, "epochs": -1.0}[row["factor"]]
-                assert math.isnan(row["ratio"]) or row["ratio"] == pytest.approx(expected, rel=0.12)
+                beyond = row["level"] == 1  # of the epochs
+                assert math.isnan(row["ratio"]) == beyond and (
+                    beyond or row["ratio"] == pytest.approx(expected, rel=0.12)
+                )
             else:
                 assert row["ratio"] == pytest.approx(1)
         exponents = {row["factor"]: row["exponent"] for row in found}
         assert exponents["width"] == pytest.approx(-0.5, abs=0.12) and abs(exponents["depth"]) < 1e-9
-        assert math.isnan(exponents["positions"]) and math.isnan(exponents["epochs"])  # one epoch: beyond the range
+        assert math.isnan(exponents["epochs"])  # one epoch: beyond the range
+        assert all(math.isnan(exponents[name]) for name in ("positions", "optimizer", "rate", "alphabet"))
 
     @pytest.mark.parametrize("factor", ["width", "optimizer", "examples"])
-    def test_one_factor_alone(self, flags, factor, tmp_path):
+    def test_one_factor_alone(self, flags, factor):
         flags.factor = [factor]
         levels, base = MODULES[self.NAME].by_level(self.rows(flags))
         laptop = MODULES[self.NAME].PRESETS["laptop"].base
@@ -286,10 +354,31 @@ def test_pictures_of_one_seed_and_of_diverged_members(flags, tmp_path, name):
     conditions = figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []
     slices = ["has_op", "all", "no_op", *(f"{c.name}/{s}" for c in conditions for s in c.slices)]
     rows = table(sweep, lambda member, *_: step(member.setting.instructions, 190), slices=slices)
-    first = dataclasses.replace(sweep.members[0]).id
+    first = sweep.members[0].id
     for row in rows:
         if row["member"] == first:
             row["status"] = "diverged at step 3"
     draw(name, rows, tmp_path)
     if figure.claims:
         assert figure.claims(rows)
+
+
+class TestVerdict:
+    def judge(self, flags, rows):
+        figure = MODULES["fig2b_no_ops"].FIGURE
+        return launcher._judge(figure, rows)
+
+    def test_a_diverged_model_is_not_reproduced(self, flags):
+        rows = TestFig2b().rows(flags)
+        assert all(claim.holds for claim in self.judge(flags, rows))
+        for row in rows:
+            if row["no_op_fraction"] == 0.5:
+                row["status"] = "diverged at step 3"
+        (claim,) = self.judge(flags, rows)
+        assert not claim.holds and claim.evidence == "21 diverged"
+
+    @pytest.mark.parametrize("changes", [{"seeds": 1}, {"tests": 10}, {"given": {"width": 8}}, {"preset": "smoke"}])
+    def test_fewer_seeds_or_other_settings_are_not_judged(self, flags, changes):
+        rows = TestFig2b().rows(flags)
+        vars(flags).update(changes)
+        assert self.judge(flags, rows) is None
