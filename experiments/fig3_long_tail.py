@@ -165,7 +165,8 @@ def draw_against(axes, unseen: Sequence[Row], name: str) -> None:
     axes.set_xscale("symlog", linthresh=1)  # a member may have no rule that counts
     axes.set_xlabel(name)
     plots.match_axis(axes, "exact match (unseen, has-op)")
-    axes.legend(fontsize=8, loc="lower right")
+    if unseen:
+        axes.legend(fontsize=8, loc="lower right")
     residual = explained(unseen, name)
     axes.set_title(f"one curve for all? left-out seeds: rms error {residual:.3f}", loc="left", fontsize=10.5)
 

@@ -165,6 +165,7 @@ def curve(
     ``values``: x -> exact matches of the seeds.
     """
     if not values:
+        axes.plot([], [], color=color, ls=style, label=label)
         return
     means = [thresholds.mean_interval(points) for points in values.values()]
     x = np.array(list(values))

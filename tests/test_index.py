@@ -98,6 +98,22 @@ class TestEntries:
         page = Page(write_index(directory, QUESTIONS).read_text())
         assert "cannot be read" in cards(page)[0] and name in cards(page)[0]
 
+    @pytest.mark.parametrize(
+        "name, old, new",
+        [("results.csv", "layers", "layres"), ("provenance.json", '"command": [', '"command": [], "was": [')],
+    )
+    def test_a_run_of_another_version_does_not_hide_the_others(self, directory, name, old, new):
+        path = directory / "borne_out" / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        entry, other, *_ = entries(directory)
+        assert entry.status == "failed" and "cannot be read" in entry.last_lines[-1] and other.status == "done"
+        assert len(cards(Page(write_index(directory, QUESTIONS).read_text()))) == len(QUESTIONS)
+
+    def test_an_empty_log_is_a_failure(self, directory):
+        (directory / "borne_out.log").write_bytes(b"")
+        assert entries(directory)[0].status == "failed"
+
 
 class TestPage:
     def test_has_a_card_a_figure_with_what_became_of_it(self, directory):
