@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from instrdiv import launcher, plots, thresholds
+from instrdiv import launcher, plots
 from instrdiv.population import make_groups
 from instrdiv.results import Row, read_table
 from instrdiv.rewriting.rules import effective_number
