@@ -16,7 +16,8 @@ for the number of comparisons), and the exponent of a power law through the leve
 
 preset   hardware          time                  expect
 smoke    two CPU cores     a minute              nothing: it only has to run
-laptop   two CPU cores     10 minutes a factor   measured: results/laptop/
+laptop   two CPU cores     10 minutes a factor   more epochs lower the threshold; width and the number of examples do
+                                                 not (measured for four factors: results/laptop/; the others: not run)
 gpu      one H200          an hour a factor      not run: time and recipe are extrapolated
 paper    one H200          a day or two a factor not run: time is extrapolated; the papers report one threshold only
 """
@@ -189,7 +190,7 @@ def summary(results: Sequence[Row]) -> list[Row]:
 def draw(results: Sequence[Row], path_stem: Path) -> None:
     levels, at_base = by_level(results)
     rows = summary(results)
-    columns = min(3, max(1, len(levels)))
+    columns = 2 if len(levels) in (2, 4) else min(3, max(1, len(levels)))
     lines = -(-max(1, len(levels)) // columns)
     figure = plots.new_figure(max(6.0, 3.5 * columns), 1.6 + 2.7 * lines)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()

@@ -208,7 +208,7 @@ def threshold_levels(axes, levels: Mapping[Any, thresholds.Threshold], base: Any
             if beyond:
                 axes.plot(place, edge, marker, color=color, ms=7, zorder=4)
                 axes.annotate(f"{beyond} seeds", (place, edge), (7, -3), textcoords="offset points", fontsize=8)
-    axes.set_xticks(range(len(levels)), [f"{v:,}" if isinstance(v, int) else str(v) for v in levels])
+    axes.set_xticks(range(len(levels)), [v if isinstance(v, str) else f"{v:,g}" for v in levels])
     axes.set_xlim(-0.6, len(levels) - 0.4)
     axes.grid(alpha=0.25)
 
