@@ -125,16 +125,16 @@ def launch(figure: Figure) -> None:
         use_cpu_cores(max(FLAGS.devices or 0, devices_of(run_dir)))
         sweep = make_sweep(figure, figure.presets[FLAGS.preset])
         options = Options(FLAGS.devices, FLAGS.data_parallel, FLAGS.members_per_vmap)
+        conditions = figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []
         print(f"{figure.name}, preset {FLAGS.preset}, {run_dir}", flush=True)
         if FLAGS.dry_run:
             print(plan(sweep, options).text, flush=True)
             with telling() as say:
-                expected = forecast(sweep, options, say)
+                expected = forecast(sweep, options, say, len(conditions))
             print(expected.text)
             return
-        for condition in figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []:
-            for member in sweep.members:
-                condition.setting(member)  # can all be tested as the figure wants it? asked before anything is trained
+        for condition, member in itertools.product(conditions, sweep.members):
+            condition.setting(member)  # can all be tested as the figure wants it? asked before anything is trained
         RunDirectory.check(run_dir, sweep, options, FLAGS.overwrite)
         if FLAGS.overwrite or not devices_of(run_dir):
             print(plan(sweep, options).text, flush=True)

@@ -82,8 +82,13 @@ class _GroupForecast:
     probe_bytes: int
 
 
-def forecast(sweep: Sweep, options: Options, say: Callable[[str], None] = lambda line: None) -> Forecast:
-    """Probes groups of a sweep on this machine; ``say`` is told of each. Raises BadInput as ``run`` would."""
+def forecast(
+    sweep: Sweep, options: Options, say: Callable[[str], None] = lambda line: None, conditions: int = 0
+) -> Forecast:
+    """Probes groups of a sweep on this machine; ``say`` is told of each. Raises BadInput as ``run`` would.
+
+    ``conditions``: under how many the members are tested besides, once they are trained.
+    """
     started = time.monotonic()
     options = options.resolve(sweep.members)
     pools = RulePools(sweep.members)
@@ -95,7 +100,7 @@ def forecast(sweep: Sweep, options: Options, say: Callable[[str], None] = lambda
             break
         group = groups[place]
         say(f"probing group {group.name} ({len(probed) + 1} of at most {len(groups)})")
-        probed[place] = _probe(group, options, pools, sweep)
+        probed[place] = _probe(group, options, pools, sweep, conditions)
 
     def in_all(seconds: str, work: Sequence[float]) -> float:
         return sum(getattr(p, seconds) for p in probed.values()) * sum(work) / sum(work[place] for place in probed)
@@ -112,7 +117,9 @@ def forecast(sweep: Sweep, options: Options, say: Callable[[str], None] = lambda
     return Forecast(
         compile_seconds=in_all("compile_seconds", [1.0] * len(groups)),
         training_seconds=in_all("training_seconds", [plan.compute_flops for plan in plans]),
-        test_seconds=in_all("test_seconds", [_test_flops(g, p, sweep) for g, p in zip(groups, plans, strict=True)]),
+        test_seconds=in_all(
+            "test_seconds", [_test_flops(g, p, sweep, conditions) for g, p in zip(groups, plans, strict=True)]
+        ),
         device_bytes=int(max(device_bytes)),
         host_bytes=peak_host_bytes() + max(0, int(more)),
         groups=len(groups),
@@ -132,7 +139,7 @@ def peak_device_bytes() -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _GroupForecast:
+def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, conditions: int) -> _GroupForecast:
     assert options.devices and options.members_per_vmap
     mesh = make_mesh(options.devices, options.data_parallel)
     unit = padded_size(1, mesh, options.members_per_vmap)
@@ -184,11 +191,11 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep) -> _G
 
     blocks = size // unit
     dev, rest = (math.ceil(count / whole_piece) for count in (sweep.dev_tests, sweep.tests))
-    evaluated = (config.chunks + 1) * dev + 2 * rest
+    evaluated, decoded = (config.chunks + 1) * dev + 2 * rest, (1 + conditions) * rest
     return _GroupForecast(
         compile_seconds=compile_seconds,
         training_seconds=config.steps * blocks * step_seconds,
-        test_seconds=blocks * (evaluated * evaluate_seconds + rest * decode_seconds) * whole_piece / piece,
+        test_seconds=blocks * (evaluated * evaluate_seconds + decoded * decode_seconds) * whole_piece / piece,
         device_bytes=_peak_bytes(full),
         probe_bytes=probe_bytes,
     )
@@ -199,9 +206,9 @@ def _as_many(of: int, seconds: float, multiple: int) -> int:
     return max(multiple, min(of, int(_SECONDS / seconds) // multiple * multiple))
 
 
-def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep) -> float:
+def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep, conditions: int) -> float:
     """FLOPs of a group's tests, nearly: as ``_probe`` counts them, a decoded answer like one that is read."""
-    tests = (group.config.chunks + 1) * sweep.dev_tests + 3 * sweep.tests
+    tests = (group.config.chunks + 1) * sweep.dev_tests + (3 + conditions) * sweep.tests
     return (plan.members + plan.idle) * tests * flops_per_example(group) / 3
 
 

@@ -68,6 +68,7 @@ def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, part):
     assert done.training_seconds == 2 * TINY.chunks  # the probe times a chunk
     # A piece each: unseen_dev at every report and at the end, unseen and seen; and unseen again, decoded.
     assert done.test_seconds == 2 * (TINY.chunks + 1 + 2 + 1)
+    assert forecast(sweep(), OPTIONS, conditions=5).test_seconds == done.test_seconds + 2 * 5
 
 
 @pytest.mark.parametrize(
