@@ -170,9 +170,9 @@ def summary(results: Sequence[Row]) -> list[Row]:
     levels, at_base = by_level(results)
     if not levels:
         return []
-    base = {(factor, at_base[factor]) for factor in levels}
+    base = [(factor, at_base[factor]) for factor in levels]
     found = {(factor, level): t for factor, of_factor in levels.items() for level, t in of_factor.items()}
-    once = next(iter(base))
+    once = base[0]
     compared = thresholds.comparison(
         {key: t for key, t in found.items() if key == once or key not in base}, ["factor", "level"], once
     )
