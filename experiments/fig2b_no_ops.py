@@ -78,7 +78,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     shares = sorted({row["no_op_fraction"] for row in results})
     headline = thresholds.select(results, "unseen", "has_op")
     found = thresholds.by_setting(headline, ["no_op_fraction"])
-    figure = plots.new_figure(9.5, 7.6)
+    figure = plots.new_figure(9.5, 7.6, "Unseen rules, trained with more or fewer no-ops")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, (slice, title) in zip(panels.flat, PANELS.items(), strict=True):
         plots.count_axis(axes, (row["instructions"] for row in results))
@@ -94,7 +94,6 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
         axes.label_outer()
     panels[0, 0].legend(fontsize=8, loc="center right", title="threshold I50 (95 % interval)", title_fontsize=8)
     panels[0, 1].legend(fontsize=8, loc="center right")
-    figure.suptitle("Unseen rules, trained with more or fewer no-ops", x=0.02, ha="left", weight="bold", fontsize=13)
     plots.finish(figure, results, path_stem)
     if found:
         rows = thresholds.comparison(found, ["no_op_fraction"], baseline=min(found))

@@ -94,15 +94,12 @@ def at_least(results: Sequence[Row]) -> str:
 
 def draw(results: Sequence[Row], path_stem: Path) -> None:
     unseen = thresholds.select(results, "unseen", "has_op")
-    figure = plots.new_figure(9.5, 8.4)
+    figure = plots.new_figure(9.5, 8.4, "Unseen rules, trained with a long tail of rare ones")
     (shares, by_shape), (by_entropy, by_count) = figure.subplots(2, 2)
     draw_shares(shares, results)
     draw_by_shape(by_shape, results)
     for axes, name in ((by_entropy, "effective number (entropy)"), (by_count, at_least(results))):
         draw_against(axes, unseen, name)
-    figure.suptitle(
-        "Unseen rules, trained with a long tail of rare ones", x=0.02, ha="left", weight="bold", fontsize=13
-    )
     plots.finish(figure, results, path_stem)
     rows = [
         {"measure": name, "residual": explained(unseen, name), "members": len(unseen), "compared": len(MEASURES)}
@@ -180,10 +177,13 @@ def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[
     unseen = thresholds.select(results, "unseen", "has_op")
     counts = sorted({row["instructions"] for row in unseen})
     fewest, most = counts[0], counts[-1]
-    few, many = (
-        {name_of(shape): thresholds.mean_of(rows) for shape, rows in by_shape(unseen, count).items()}
-        for count in (fewest, most)
-    )
+
+    def means(count: int) -> dict[str, float]:
+        """By shape, uniform first."""
+        of_shape = thresholds.by_value([row for row in unseen if row["instructions"] == count], "tail_shape")
+        return {name_of(shape): float(np.mean(of_shape[shape])) for shape in reversed(of_shape)}
+
+    few, many = means(fewest), means(most)
 
     def listed(means: Mapping[str, float]) -> str:
         return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
@@ -197,12 +197,6 @@ def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[
         thresholds.Claim(f"and collapse where the tail is longest (unseen below {low})", longest < low,
                          f"I = {fewest:,}: {listed(few)}"),
     ]  # fmt: skip
-
-
-def by_shape(rows: Sequence[Row], count: int) -> dict[float, list[Row]]:
-    """The rows of one I, by shape, uniform first."""
-    shapes = sorted({row["tail_shape"] for row in rows}, reverse=True)
-    return {s: [row for row in rows if (row["instructions"], row["tail_shape"]) == (count, s)] for s in shapes}
 
 
 FIGURE = Figure("fig3_long_tail", PRESETS, draw, claims)

@@ -97,7 +97,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     mixture = list(columns.values())[-1]
     trained = sorted({row["occurrences"] for row in results}, key=_order)
     counts = sorted({row["instructions"] for row in results})
-    figure = plots.new_figure(max(9.5, 3.2 * len(counts)), 7.4)
+    figure = plots.new_figure(max(9.5, 3.2 * len(counts)), 7.4, "Unseen rules, by how often the pattern occurs")
     above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
     axes = above.subplots()
     plots.count_axis(axes, counts)
@@ -120,7 +120,6 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
         axes.set_xlabel("occurrences tested")
         axes.set_ylabel("occurrences trained")
         axes.label_outer()
-    figure.suptitle("Unseen rules, by how often the pattern occurs", x=0.02, ha="left", weight="bold", fontsize=13)
     plots.finish(figure, results, path_stem, "Heat maps: means over seeds.")
 
 

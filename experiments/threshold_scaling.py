@@ -22,6 +22,7 @@ gpu      one H200          an hour a factor      not run: time and recipe are ex
 paper    one H200          a day or two a factor not run: time is extrapolated; the papers report one threshold only
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,55 +163,56 @@ def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], d
     return {factor: levels[factor] for factor in FIELDS if factor in levels}, at_base
 
 
-def summary(results: Sequence[Row]) -> list[Row]:
-    """A row a factor and level: threshold, ratio to the base's, and the trend of a factor of ``TRENDS`` (three levels).
+def trends_of(levels: Mapping[str, Mapping[Any, Threshold]]) -> dict[str, thresholds.Interval]:
+    """The exponents of the factors of ``TRENDS`` that have three levels; their intervals hold together."""
+    factors = [factor for factor in TRENDS if len(levels.get(factor, ())) >= 3]
+    return {factor: thresholds.trend(levels[factor], len(factors)) for factor in factors}
+
+
+def summary(levels: Mapping[str, Mapping[Any, Threshold]], at_base: Mapping[str, Any]) -> list[Row]:
+    """A row a factor and level (see ``by_level``): threshold, ratio to the base's, and the trend of the factor, if any.
 
     Intervals of the ratios hold together, and so do those of the trends.
     """
-    levels, at_base = by_level(results)
     if not levels:
         return []
     base = [(factor, at_base[factor]) for factor in levels]
-    found = {(factor, level): t for factor, of_factor in levels.items() for level, t in of_factor.items()}
     once = base[0]
+    found = {(factor, level): t for factor, of_factor in levels.items() for level, t in of_factor.items()}
     compared = thresholds.comparison(
         {key: t for key, t in found.items() if key == once or key not in base}, ["factor", "level"], once
     )
     row_of = {(row["factor"], row["level"]): row for row in compared}
-    trending = [factor for factor in TRENDS if len(levels.get(factor, ())) >= 3]
+    trends = trends_of(levels)
     rows = []
     for factor, level in found:
-        trend = thresholds.trend(levels[factor], len(trending)) if factor in trending else thresholds.NOTHING
+        trend = trends.get(factor, thresholds.NOTHING)
         row = row_of[once if (factor, level) in base else (factor, level)] | {"factor": factor, "level": level}
         exponent = {"exponent": trend.mean, "exponent_low": trend.low, "exponent_high": trend.high}
-        rows.append(row | exponent | {"trends": len(trending)})
+        rows.append(row | exponent | {"trends": len(trends)})
     return rows
 
 
 def draw(results: Sequence[Row], path_stem: Path) -> None:
     levels, at_base = by_level(results)
-    rows = summary(results)
+    rows, trends = summary(levels, at_base), trends_of(levels)
     columns = 2 if len(levels) in (2, 4) else min(3, max(1, len(levels)))
     lines = -(-max(1, len(levels)) // columns)
-    figure = plots.new_figure(max(6.0, 3.5 * columns), 1.6 + 2.7 * lines)
+    figure = plots.new_figure(max(6.0, 3.5 * columns), 1.6 + 2.7 * lines, "What moves the threshold?")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     tested = sorted({row["instructions"] for row in results})
     for axes in panels[len(levels) :]:
         axes.set_visible(False)
     for axes, (factor, of_factor) in zip(panels, levels.items(), strict=False):
-        trend = next(row for row in rows if row["factor"] == factor)
-        title = factor
-        if trend["exponent"] == trend["exponent"]:
-            interval = thresholds.Interval(trend["exponent"], trend["exponent_low"], trend["exponent_high"], 0)
-            title += f": I50 ~ level ^ {interval.text()}"
+        trend = trends.get(factor, thresholds.NOTHING)
+        title = factor if math.isnan(trend.mean) else f"{factor}: I50 ~ level ^ {trend.text()}"
         axes.set_title(title, loc="left", fontsize=9.5)
         plots.threshold_levels(axes, of_factor, at_base[factor], tested)
     figure.supylabel("threshold I50, unseen has-op", fontsize=10)
-    figure.suptitle("What moves the threshold?", x=0.02, ha="left", weight="bold", fontsize=13)
-    comparisons, trends = (rows[0]["comparisons"], rows[0]["trends"]) if rows else (0, 0)
+    comparisons = sum(len(of_factor) - 1 for of_factor in levels.values())
     notes = (
         "Orange: the base, in every panel. Bars: geometric means. Arrows: seeds whose step lies outside the tested I.",
-        f"{comparisons} comparisons with the base; {trends} trends, exponents with simultaneous 95 % intervals.",
+        f"{comparisons} comparisons with the base; {len(trends)} trends, exponents with simultaneous 95 % intervals.",
     )
     plots.finish(figure, results, path_stem, *notes)
     if rows:

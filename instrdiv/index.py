@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from instrdiv import thresholds
-from instrdiv.pages import duration, labelled_thresholds, launched, read_provenance, write_page
+from instrdiv.pages import READ_OF_RESULTS, duration, labelled_thresholds, launched, read_provenance, write_page
 from instrdiv.results import at_the_end, read_table, replacing, varying
 from instrdiv.settings import BadInput
 
@@ -21,8 +21,6 @@ from instrdiv.settings import BadInput
 LAST_LINES = 12
 
 _FILES = ("report.html", "figure.png", "figure.pdf", "figure.csv", "results.csv")
-# What is read of results.csv, besides the settings that vary.
-_RESULT_COLUMNS = ("member", "seed", "step", "split", "slice", "exact_match", "status", "instructions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
         said_of_itself = read_provenance(run_dir / "provenance.json")
         launches = [*said_of_itself.get("earlier_launches", []), said_of_itself]
         seconds = [launch["wall_seconds"] for launch in launches if "wall_seconds" in launch]
-        results = at_the_end(read_table(run_dir / "results.csv", _RESULT_COLUMNS))
+        results = at_the_end(read_table(run_dir / "results.csv", READ_OF_RESULTS))
         return dataclasses.replace(
             entry,
             status="done",

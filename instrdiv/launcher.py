@@ -24,6 +24,7 @@ from absl import app, flags
 from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule, quieten_orbax
 from instrdiv.interruption import Interrupted
+from instrdiv.population import Group
 from instrdiv.probing import forecast
 from instrdiv.progress import telling
 from instrdiv.report import write_report
@@ -140,8 +141,7 @@ def launch(figure: Figure) -> None:
             print(plan(sweep, options).text, flush=True)
         schedule = Schedule(FLAGS.checkpoint_minutes, FLAGS.checkpoint_steps)
         run(sweep, run_dir, options, overwrite=FLAGS.overwrite, keep_params=False, schedule=schedule)
-        if figure.conditions:
-            _test(figure, run_dir, options)
+        _test(figure.name, conditions, run_dir, options)
         results = at_the_end(read_table(run_dir / "results.csv"))
         figure.draw(results, run_dir / "figure")
         claims = _judge(figure, results)
@@ -231,6 +231,8 @@ def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None
         parser = _parser_for(types_of[field.name], field.metadata["choices"])
         text = field.metadata["help"]
         if field.name in swept:
+            if isinstance(parser, ListParser):  # commas are between the lists now
+                parser = ListParser(parser.item, separators="+")
             parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
         default = "" if "(default: " in text else " (default: the preset's)"
         _define(parser, f"config.{field.name}", text + default)
@@ -293,7 +295,7 @@ class ListParser(flags.ArgumentParser):
 
     def __init__(self, item: flags.ArgumentParser, separators: str = ","):
         self.item, self.separators = item, separators
-        names = {",": "comma", ",+": "comma- or plus"}
+        names = {",": "comma", "+": "plus", ",+": "comma- or plus"}
         self.syntactic_help = f"a {names[separators]}-separated list, each {item.syntactic_help or 'a string'}"
 
     def parse(self, argument):
@@ -335,19 +337,23 @@ def _enum(choices: Sequence[str]) -> flags.ArgumentParser:
     return enum
 
 
-def _test(figure: Figure, run_dir: Path, options: Options) -> None:
-    """Tests the members of a finished run under the figure's conditions, unless that was done."""
-    assert figure.conditions
+def _test(name: str, conditions: list[Condition], run_dir: Path, options: Options) -> None:
+    """Tests the members of a finished run under a figure's conditions, those of a group unless that was done."""
     saved = SavedRun(run_dir)
-    conditions = figure.conditions([member.setting for member in saved.sweep.members])
     rows = read_cells(run_dir / "results.csv")
     tested = {(r["member"], r["step"], r["slice"].partition("/")[0]) for r in rows if "/" in r["slice"]}
+
+    def wanted(group: Group) -> set[tuple[str, str, str]]:
+        step = str(group.config.steps)
+        return {(member.id, step, condition.name) for member in group.members for condition in conditions}
+
+    untested = [group for group in saved.groups if not wanted(group) <= tested]
+    if not untested:  # a run that is read back needs no lock for this
+        return
     with saved.locked(), telling() as say:
-        for group in saved.groups:
-            step, ids = str(group.config.steps), [member.id for member in group.members]
-            if {(id, step, condition.name) for id in ids for condition in conditions} <= tested:
-                continue
-            outcome = evaluate(saved, {figure.name: lambda setting: conditions}, ids, options=options, say=say)
+        for group in untested:
+            ids = [member.id for member in group.members]
+            outcome = evaluate(saved, {name: lambda setting: conditions}, ids, options=options, say=say)
             saved.write_results(outcome.results, outcome.errors)
             for line in outcome.left_out:
                 say(f"left out: {line}")
@@ -358,10 +364,10 @@ def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | N
     if figure.claims is None:
         print("verdict: none, the papers do not say")
         return None
-    if not figure.presets[FLAGS.preset].judged:
+    preset = figure.presets[FLAGS.preset]
+    if not preset.judged:
         print(f"verdict: none, the preset {FLAGS.preset} is too small to show anything")
         return None
-    preset = figure.presets[FLAGS.preset]
     fewer = (FLAGS.seeds or preset.seeds) < preset.seeds or (FLAGS.tests or preset.tests) < preset.tests
     if setting_flags() or fewer:
         print("verdict: none, the claims are about the preset's own settings, seeds and tests")

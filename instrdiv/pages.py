@@ -19,6 +19,9 @@ from instrdiv import thresholds
 from instrdiv.results import Row, replacing
 from instrdiv.settings import BadInput
 
+#: What the pages read of results.csv, besides the settings that vary; a run of an older version may lack other columns.
+READ_OF_RESULTS = ("member", "seed", "step", "split", "slice", "exact_match", "status", "instructions")
+
 
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     """Writes a page whole or not at all, and returns its path."""

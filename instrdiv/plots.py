@@ -63,8 +63,8 @@ def instruction_curve(
     return figure
 
 
-def new_figure(width: float, height: float):
-    """An empty matplotlib figure, without pyplot and its global state; a notebook shows it as it is."""
+def new_figure(width: float, height: float, title: str | None = None):
+    """A figure that is empty but for a title, without pyplot and its global state; a notebook shows it as it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,6 +76,8 @@ def new_figure(width: float, height: float):
 
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=13)
     return figure
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from instrdiv import thresholds
-from instrdiv.pages import duration, in_words, labelled_thresholds, launched, read_provenance, setting_label, write_page
+from instrdiv.pages import (
+    READ_OF_RESULTS,
+    duration,
+    in_words,
+    labelled_thresholds,
+    launched,
+    read_provenance,
+    setting_label,
+    write_page,
+)
 from instrdiv.results import Row, read_cells, read_table, varying
 from instrdiv.saved import SavedRun
 from instrdiv.settings import SETTING_COLUMNS, BadInput, Setting
@@ -32,8 +41,7 @@ SAMPLES = 5
 #: 1, 2, 5, 10 ...: where axes end and have ticks.
 _ROUND = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
 
-# What is read of each table; a run of an older version may lack others.
-_RESULT_COLUMNS = ("member", "seed", "step", "split", "slice", "exact_match", "status", "instructions")
+# What is read of the other tables; a run of an older version may lack others.
 _METRIC_COLUMNS = ("member", "step", "loss", "unseen_dev_exact_match", "status")
 _TIMING_COLUMNS = ("group", "compiled", "seconds", "examples_per_second", "tokens_per_second")
 _ERROR_COLUMNS = ("member", "step", "split", "slice", "error", "count", "tests")
@@ -105,7 +113,7 @@ class _Tables:
         self.metrics = self._of_members(path / "metrics.csv", _METRIC_COLUMNS)
         self.resemblance = self._of_members(path / "resemblance.csv", _RESEMBLANCE_COLUMNS)
         self.timings = read_table(path / "timings.csv", _TIMING_COLUMNS)
-        self.results = self._at_the_end(path / "results.csv", _RESULT_COLUMNS)
+        self.results = self._at_the_end(path / "results.csv", READ_OF_RESULTS)
         self.errors = self._at_the_end(path / "errors.csv", _ERROR_COLUMNS, optional=True)
         self.samples = self._at_the_end(path / "samples.csv", _SAMPLE_COLUMNS, _SAMPLE_TEXTS, optional=True)
 
@@ -173,10 +181,8 @@ def _picture(path: Path) -> str | None:
 
 def _numbers(path: Path) -> dict[str, Any] | None:
     """What the picture shows and results.csv does not have, as it is, but for the length of its numbers."""
-    if not read_cells(path):
-        return None
-    rows = [[_short(value) for value in row.values()] for row in read_table(path)]
-    return {"columns": list(read_cells(path)[0]), "rows": rows}
+    rows = read_table(path) if path.exists() else []
+    return {"columns": list(rows[0]), "rows": [[_short(v) for v in row.values()] for row in rows]} if rows else None
 
 
 def _thresholds(run: _Tables) -> list[tuple[str, str]]:

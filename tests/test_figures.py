@@ -2,12 +2,12 @@
 
 import importlib
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from experiments.all import FIGURES
 from instrdiv import launcher, plots
 from instrdiv.population import make_groups
 from instrdiv.results import Row, read_table
@@ -16,9 +16,7 @@ from instrdiv.run import plan
 from instrdiv.settings import BadInput
 from instrdiv.sweep import Options
 
-FOLDER = Path(__file__).parent.parent / "experiments"
-NAMES = [path.stem for path in sorted(FOLDER.glob("*.py")) if "FIGURE = Figure(" in path.read_text()]
-MODULES = {name: importlib.import_module(f"experiments.{name}") for name in NAMES}
+MODULES = {name: importlib.import_module(f"experiments.{name}") for name in FIGURES}
 
 
 @pytest.fixture
@@ -86,7 +84,7 @@ def drawn(monkeypatch):
 
 class TestPresets:
     @pytest.mark.parametrize("preset", ["smoke", "laptop", "gpu", "paper"])
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", FIGURES)
     def test_can_be_planned_and_are_named_like_their_module(self, flags, name, preset):
         figure = MODULES[name].FIGURE
         sweep = sweep_of(flags, name, preset)
@@ -110,7 +108,7 @@ class TestPresets:
         singles = {(1,), (5,), (10,), (15,), (20,)}
         assert values("table1_occurrences", "occurrences") == singles | {(1, 5, 10, 15, 20)}
         assert values("table1_occurrences", "instructions") == {200, 500, 1000, 2000}
-        for name in NAMES:
+        for name in FIGURES:
             assert values(name, "examples") >= {1_000_000} and values(name, "epochs") >= {50.0}
 
     def test_one_launch_of_all_factors_has_every_base_member_once(self, flags):
@@ -341,7 +339,7 @@ class TestScaling:
 
 
 @pytest.mark.parametrize("diverged", [1, None])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_pictures_of_one_seed_and_of_diverged_members(flags, tmp_path, name, diverged):
     """One of them, or all."""
     flags.seeds = 1
