@@ -214,9 +214,13 @@ def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, Memb
     return Tables(pools=stacked), MemberData(knobs=knobs, **values)
 
 
-def make_mesh(devices: int, data_parallel: int = 1) -> Mesh:
-    """A ('member', 'data') mesh over the first ``devices`` devices; ``data_parallel`` of them share a batch."""
-    grid = np.array(jax.devices()[:devices]).reshape(devices // data_parallel, data_parallel)
+def make_mesh(devices: int, data_parallel: int = 1, available: Sequence[jax.Device] | None = None) -> Mesh:
+    """A ('member', 'data') mesh over the first ``devices`` devices; ``data_parallel`` of them share a batch.
+
+    ``available``: all devices (of a machine that is only described, say); default: those of this one.
+    """
+    available = jax.devices() if available is None else available
+    grid = np.array(available[:devices]).reshape(devices // data_parallel, data_parallel)
     return Mesh(grid, ("member", "data"))
 
 

@@ -17,17 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.decoding import GroupDecoder
 from instrdiv.evaluation import Evaluator, make_test_set, piece_size
 from instrdiv.planning import REACHED_FLOPS, GroupPlan, duration, flops_per_example, in_bytes, make_plan
-from instrdiv.population import ExampleOrder, Group, RulePools, make_groups, make_mesh, padded_size, put, stack_group
+from instrdiv.population import ExampleOrder, Group, RulePools, make_groups, make_mesh, padded_size, put
 from instrdiv.suites import split_prompts
 from instrdiv.sweep import Options, Sweep
-from instrdiv.training import Trainer, abstract_member, chunk_program
+from instrdiv.training import Trainer, chunk_program, chunk_shapes
 
 #: Seconds that each timed part of a probe takes, about.
 _SECONDS = 1.5
@@ -165,7 +163,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
         return trainer.tables, trainer.data, trainer.state, jnp.int32(0), indices
 
     program = trainer.train_chunk.lower(*arguments()).compile()
-    probe_bytes = _peak_bytes(program)
+    probe_bytes = program_bytes(program)
 
     def train():
         trainer.state, metrics = program(*arguments())
@@ -186,7 +184,8 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
     decode_compile_seconds, decode_seconds = _time(lambda: list(decoder.answers(trainer.state.params, prompts)))
 
     started = time.monotonic()
-    full = _compile_at_full_shape(group, pools, mesh, options.members_per_vmap, size)
+    program = chunk_program(group, mesh, options.members_per_vmap)
+    full = program.lower(*chunk_shapes(group, pools, mesh, options.members_per_vmap)).compile()
     compile_seconds += time.monotonic() - started + evaluate_compile_seconds + decode_compile_seconds
 
     blocks = size // unit
@@ -196,7 +195,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
         compile_seconds=compile_seconds,
         training_seconds=config.steps * blocks * step_seconds,
         test_seconds=blocks * (evaluated * evaluate_seconds + decoded * decode_seconds) * whole_piece / piece,
-        device_bytes=_peak_bytes(full),
+        device_bytes=program_bytes(full),
         probe_bytes=probe_bytes,
     )
 
@@ -212,22 +211,7 @@ def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep, conditions: int) ->
     return (plan.members + plan.idle) * tests * flops_per_example(group) / 3
 
 
-def _compile_at_full_shape(group: Group, pools: RulePools, mesh, members_per_vmap: int, size: int) -> Any:
-    """The program of a chunk as the run will use it, from shapes alone."""
-
-    def abstract(leaf, spec, leading=()):
-        return jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    tables, data = stack_group(group, pools, size)
-    tables = jax.tree.map(lambda leaf: abstract(leaf, P()), tables)
-    data = jax.tree.map(lambda leaf: abstract(leaf, P("member")), data)
-    state = jax.tree.map(lambda leaf: abstract(leaf, P("member"), (size,)), abstract_member(group))
-    order = np.broadcast_to(np.int32(0), (group.config.chunk_steps, group.config.batch_size))
-    indices = abstract(order, P(None, "data"))
-    return chunk_program(group, mesh, members_per_vmap).lower(tables, data, state, jnp.int32(0), indices).compile()
-
-
-def _peak_bytes(program: Any) -> int:
+def program_bytes(program: Any) -> int:
     """What a compiled program needs on one device: arguments, results and temporaries."""
     memory = program.memory_analysis()
     return (memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -111,12 +111,10 @@ def train_step(
     A member whose gradients or update are not finite is frozen before the update is applied.
     """
     config, decoder = group.config, make_decoder(group)
-    batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+    with jax.named_scope("examples"):
+        batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+    tokens = batch.loss_mask.sum()
 
-    def total(tree):
-        return jax.lax.psum(tree, "data") if data_parallel > 1 else tree
-
-    tokens = total(batch.loss_mask.sum())
     dropout_key = None
     if config.dropout > 0:
         dropout_key = jax.random.fold_in(stream_key(DROPOUT_STREAM, data.seed), step)
@@ -130,25 +128,39 @@ def train_step(
         return jnp.where(batch.loss_mask, losses, 0).sum() / tokens, exact
 
     (loss, exact), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
-    gradients, loss, exact = total((gradients, loss, exact))
+    if data_parallel > 1:
+        loss, gradients, exact = over_the_batch(loss, gradients, exact, tokens)
 
-    rate = rate_at(config, step)
-    optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    gradient_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(updates))
-    active = finite & (state.diverged_at < 0)
+    with jax.named_scope("update"):
+        rate = rate_at(config, step)
+        optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(updates))
+        active = finite & (state.diverged_at < 0)
 
-    def keep_if_frozen(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
+        def keep_if_frozen(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
 
-    new_state = MemberState(
-        params=keep_if_frozen(optax.apply_updates(state.params, updates), state.params),
-        optimizer=keep_if_frozen(optimizer_state, state.optimizer),
-        diverged_at=jnp.where(active | (state.diverged_at >= 0), state.diverged_at, step),
-    )
+        new_state = MemberState(
+            params=keep_if_frozen(optax.apply_updates(state.params, updates), state.params),
+            optimizer=keep_if_frozen(optimizer_state, state.optimizer),
+            diverged_at=jnp.where(active | (state.diverged_at >= 0), state.diverged_at, step),
+        )
     metrics = StepMetrics(loss=loss, gradient_norm=gradient_norm, exact_match=exact / config.batch_size)
     return new_state, jax.tree.map(lambda value: jnp.where(active, value, jnp.nan), metrics)
+
+
+def over_the_batch(loss, gradients, exact, tokens) -> tuple[jax.Array, Any, jax.Array]:
+    """Means over the whole batch of the loss and its gradients, which are means over this device's tokens.
+
+    And the sum of the exact matches. One reduction carries everything, as float32: what is reduced apart waits apart.
+    """
+    weight = tokens.astype(jnp.float32)
+    parts = jax.tree.map(lambda mean: mean * weight, (loss, gradients))
+    (loss, gradients), exact, tokens = jax.lax.psum((parts, exact.astype(jnp.float32), weight), "data")
+    loss, gradients = jax.tree.map(lambda total: total / tokens, (loss, gradients))
+    return loss, gradients, exact
 
 
 def train_chunk(
@@ -175,6 +187,28 @@ def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
         members_per_vmap,
         in_specs=[P(), member, member, P(), P(None, "data")],
         donate=(2,),
+    )
+
+
+def chunk_shapes(group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int) -> tuple[Any, ...]:
+    """What ``chunk_program`` takes, as shapes on the mesh: compiles it without giving it memory, or a device."""
+    size = padded_size(len(group.members), mesh, members_per_vmap)
+
+    def shapes(tree, spec, leading=()):
+        def shape(leaf):
+            return jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(shape, tree)
+
+    tables, data = stack_group(group, pools, size)
+    step = jax.ShapeDtypeStruct((), np.int32)
+    indices = jax.ShapeDtypeStruct((group.config.chunk_steps, group.config.batch_size), np.int32)
+    return (
+        shapes(tables, P()),
+        shapes(data, P("member")),
+        shapes(abstract_member(group), P("member"), (size,)),
+        shapes(step, P()),
+        shapes(indices, P(None, "data")),
     )
 
 

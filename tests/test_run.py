@@ -120,9 +120,9 @@ def test_a_family_too_small_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     "options, why",
     [
-        (Options(devices=5), "--devices=5: this machine has 4"),
+        (Options(devices=9), "--devices=9: this machine has 8"),
         (Options(devices=2, data_parallel=3), "--data_parallel=3: must divide --devices=2"),
-        (Options(data_parallel=5), "--data_parallel=5: must divide the 4 devices of this machine"),
+        (Options(data_parallel=5), "--data_parallel=5: must divide the 8 devices of this machine"),
         (Options(data_parallel=0), "--data_parallel=0: must be at least 1"),
         (Options(members_per_vmap=0), "--members_per_vmap=0: must be at least 1"),
     ],
