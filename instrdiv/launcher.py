@@ -23,6 +23,7 @@ from absl import app, flags
 
 from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule, quieten_orbax
+from instrdiv.compile_cache import use_compile_cache
 from instrdiv.interruption import Interrupted
 from instrdiv.population import Group
 from instrdiv.probing import forecast
@@ -204,6 +205,7 @@ def start(main: Callable[[], None]) -> None:
         try:
             if len(argv) > 1:
                 raise BadInput(f"unexpected argument {argv[1]!r}; flags start with -- (--help lists them)")
+            use_compile_cache()
             main()
         except BadInput as error:
             _fail(str(error))
