@@ -28,7 +28,7 @@ from instrdiv.evaluation import (
 from instrdiv.interruption import Interrupted, StopRequest
 from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
-from instrdiv.probing import peak_device_bytes, peak_host_bytes
+from instrdiv.probing import choose_block, peak_device_bytes, peak_host_bytes
 from instrdiv.progress import Reporter
 from instrdiv.results import Row, read_table, varying
 from instrdiv.rewriting.rules import resemblance
@@ -74,8 +74,10 @@ class Run:
 def plan(sweep: Sweep, options: Options | None = None) -> Plan:
     """Validates a sweep and says what it will take, without building a table or compiling anything."""
     sweep.validate()
-    options = (options or Options()).resolve(sweep.members)
-    return make_plan(make_groups(sweep.members), options, sweep.dev_tests, sweep.tests)
+    options = options or Options()
+    layout = options.resolve(sweep.members)
+    planned = make_plan(make_groups(sweep.members), layout, sweep.dev_tests, sweep.tests)
+    return dataclasses.replace(planned, block_is_guess=options.leaves_block_to_probe)
 
 
 def run(
@@ -94,7 +96,8 @@ def run(
       run_dir: where tables and checkpoints go (see ``docs/architecture.md``); None keeps everything in memory. A
         directory that holds this very run, finished, is read back; unfinished, it is gone on with. Members that the
         directory lacks are trained as a cohort of their own.
-      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory.
+      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory; at the
+        first one, on an accelerator, a probe of a minute or so chooses ``members_per_vmap``.
       progress: show a bar (or plain lines).
       overwrite: start anew in a directory that holds another run.
       keep_params: copy the trained parameters to the host.
@@ -121,12 +124,16 @@ def run(
     for source in {member.setting.rule_source for member in sweep.members}:
         held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
     schedule = schedule or Schedule()
+
+    def lay_out(cohort: Cohort) -> Cohort:
+        return _with_measured_block(cohort, options, pools, progress) if options.leaves_block_to_probe else cohort
+
     with contextlib.ExitStack() as stack:
         if run_dir is None:
-            groups = number_groups(cohorts)
+            groups = number_groups([lay_out(cohort) for cohort in cohorts])
             reporter = stack.enter_context(_reporter(groups, progress))
             return _Launch(sweep, pools, reporter, schedule).train(groups, keep_params)
-        directory = stack.enter_context(RunDirectory.begin(path, sweep, options, overwrite))
+        directory = stack.enter_context(RunDirectory.begin(path, sweep, options, overwrite, lay_out))
         done = directory.done()
         groups = [(group, layout) for group, layout in number_groups(directory.cohorts) if group.name not in done]
         directory.check_layouts(groups)
@@ -150,6 +157,13 @@ def run(
             peak_device_bytes=peak_device_bytes(),
         )
         return _read_back(directory, keep_params, params)
+
+
+def _with_measured_block(cohort: Cohort, options: Options, pools: RulePools, progress: bool) -> Cohort:
+    with _reporter([], progress) as reporter:
+        choice = choose_block(cohort.members, options, pools, reporter.working)
+        reporter.note(choice.text)
+    return Cohort(cohort.members, choice.options, choice.rates)
 
 
 def _reporter(groups: Sequence[tuple[Group, Options]], progress: bool) -> Reporter:
