@@ -293,15 +293,17 @@ class _GroupRun:
         # Compiled before there is a chunk to run: its memory would come on top.
         jax.block_until_ready(self.evaluator.count(dev[:1]))
         while trainer.step < config.steps:
+            # Before the next one is dispatched: on CPU, that may take as long as it runs.
+            seconds = self._wait(pending) if pending else 0.0
             metrics = trainer.advance()
             # A copy: the state itself is donated to the next chunk.
             running = (trainer.step, metrics, self.evaluator.count(dev), trainer.state.diverged_at + 0)
             if pending:
-                self._report(*pending)
+                self._report(*pending, seconds)
             pending = running
             save = trainer.step == config.steps or self._is_save_due()
             if save or self._compiling:  # what runs while this process compiles would make the next rate a wonder
-                self._report(*pending)
+                self._report(*pending, self._wait(pending))
                 pending = None
             if save:
                 self._save()
@@ -333,12 +335,16 @@ class _GroupRun:
             self.checkpoints.wait()
             self.launch.stop_if_asked(f"group {self.group.name}, step {self.trainer.step} of {self.group.config.steps}")
 
-    def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any) -> None:
-        """Waits for the results of a chunk and adds their rows."""
+    def _wait(self, running: Any) -> float:
+        """Waits for a chunk's results; seconds since those of the one before were there."""
+        jax.block_until_ready(running)
+        last, self._clock = self._clock, time.monotonic()
+        return self._clock - last
+
+    def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any, seconds: float) -> None:
+        """Adds the rows of a chunk, which took so many seconds."""
         metrics, counts, diverged = jax.device_get((metrics, counts, diverged))
-        now = time.monotonic()
-        seconds, compiling = now - self._clock, self._compiling
-        self._clock, self._compiling = now, False
+        compiling, self._compiling = self._compiling, False
         config, group = self.group.config, self.group
         exact_match = []
         column = list(SLICES).index("has_op")
