@@ -13,6 +13,7 @@ In a notebook:
 from importlib import metadata
 
 from instrdiv import presets
+from instrdiv.compile_cache import use_compile_cache
 from instrdiv.launcher import use_cpu_cores
 from instrdiv.rewriting.markov import MarkovAlgorithm, rewrite
 from instrdiv.run import Run, plan, run
@@ -31,6 +32,7 @@ __all__ = [
     "presets",
     "rewrite",
     "run",
+    "use_compile_cache",
     "use_cpu_cores",
 ]
 

@@ -23,6 +23,7 @@ from absl import app, flags
 
 from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule, quieten_orbax
+from instrdiv.compile_cache import use_compile_cache
 from instrdiv.interruption import Interrupted
 from instrdiv.population import Group
 from instrdiv.probing import forecast
@@ -113,7 +114,7 @@ def launch(figure: Figure) -> None:
     _define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
     _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
     _define(whole, "data_parallel", "devices that share one member's batch", default=1)
-    _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU)")
+    _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
     _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
     _define_switch("dry_run", "say what it would take, and stop")
     _define_switch("overwrite", "start anew in a directory that holds another run")
@@ -204,6 +205,7 @@ def start(main: Callable[[], None]) -> None:
         try:
             if len(argv) > 1:
                 raise BadInput(f"unexpected argument {argv[1]!r}; flags start with -- (--help lists them)")
+            use_compile_cache()
             main()
         except BadInput as error:
             _fail(str(error))

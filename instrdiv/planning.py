@@ -50,7 +50,7 @@ class GroupPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes; ``text`` shows it."""
+    """What a run takes; ``text`` shows it. ``block_is_guess``: the first launch will measure ``members_per_vmap``."""
 
     groups: tuple[GroupPlan, ...]
     devices: int
@@ -59,12 +59,14 @@ class Plan:
     dev_tests: int
     tests: int
     device_kind: str
+    block_is_guess: bool = False
 
     @property
     def text(self) -> str:
+        guess = " (a guess: a probe chooses at the first launch)" if self.block_is_guess else ""
         lines = [
             f"{sum(g.members for g in self.groups)} members in {len(self.groups)} group(s), "
-            f"on {self.devices} device(s) ({self.device_kind}), {self.members_per_vmap} member(s) per vmap, "
+            f"on {self.devices} device(s) ({self.device_kind}), {self.members_per_vmap} member(s) per vmap{guess}, "
             f"{self.data_parallel} device(s) a batch"
         ]
         for g in self.groups:

@@ -1,8 +1,9 @@
-"""What a run will take, measured: a few steps of its first members, and the compiler's own account of memory.
+"""What a run will take, and the block that suits it, measured: a few steps, and the compiler's own account of memory.
 
-``planning`` counts and guesses in an instant; this compiles a group's program at full shape, without giving it memory,
-and runs one block of members for a second or two. The groups with most arithmetic are probed first; when that has taken
-a minute, what is left is scaled from them.
+``planning`` counts and guesses in an instant; ``forecast`` compiles a group's program at full shape, without giving it
+memory, and runs one block of members for a second or two. The groups with most arithmetic are probed first; when that
+has taken a minute, what is left is scaled from them. ``choose_block`` tries blocks of several sizes on the group with
+most arithmetic.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.decoding import GroupDecoder
 from instrdiv.evaluation import Evaluator, make_test_set, piece_size
 from instrdiv.planning import REACHED_FLOPS, GroupPlan, duration, flops_per_example, in_bytes, make_plan
-from instrdiv.population import ExampleOrder, Group, RulePools, make_groups, make_mesh, padded_size, put
+from instrdiv.population import ExampleOrder, Group, RulePools, make_groups, make_mesh, padded_size, put, stack_group
+from instrdiv.settings import BadInput, Member
 from instrdiv.suites import split_prompts
 from instrdiv.sweep import Options, Sweep
-from instrdiv.training import Trainer, chunk_program, chunk_shapes
+from instrdiv.training import Trainer, abstract_member, chunk_program, chunk_shapes
 
 #: Seconds that each timed part of a probe takes, about.
 _SECONDS = 1.5
@@ -125,6 +128,67 @@ def forecast(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockChoice:
+    """A layout whose block was measured.
+
+    Attributes:
+      options: the layout, with no choice left open.
+      rates: size of a block -> examples a second of the whole group, as measured.
+      too_large: why the next larger block was not tried; empty where none was too large.
+    """
+
+    options: Options
+    rates: dict[int, float]
+    too_large: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        rates = ", ".join(f"{rate:,.0f} by {size}" for size, rate in self.rates.items())
+        limit = f"; {self.too_large}" if self.too_large else ""
+        return f"members_per_vmap={self.options.members_per_vmap} chosen by a probe: examples/s {rates}{limit}"
+
+
+def choose_block(
+    members: Sequence[Member], options: Options, pools: RulePools, say: Callable[[str], None] = lambda line: None
+) -> BlockChoice:
+    """Measures which block of members trains fastest, on the group with most arithmetic.
+
+    Sizes about twice as large are tried until one is slower than the one before, or too large for the memory of a
+    device: by the compiler's account, scaled to the group that needs most by the plan's estimates; or because running
+    out of it says so. The smallest within 2 % of the best is chosen. A size costs a compilation and a second or two.
+
+    Args:
+      members: of one cohort.
+      options: the layout; ``members_per_vmap`` is ignored.
+      pools: the members' rules.
+      say: is told of every size that is tried.
+
+    Raises BadInput where the layout cannot be, or not even one member at a time fits.
+    """
+    groups = make_groups(members)
+    rates: dict[int, float] = {}
+    too_large = ""
+    for size in _block_sizes(max(len(group.members) for group in groups), options):
+        layout = dataclasses.replace(options, members_per_vmap=size).resolve(members)
+        plans = make_plan(groups, layout, 1, 1).groups
+        place = max(range(len(groups)), key=lambda place: plans[place].compute_flops)
+        say(f"probing group {groups[place].name}: {size} member(s) at a time")
+        try:
+            scale = max(plan.device_bytes for plan in plans) / plans[place].device_bytes
+            rates[size] = _block_rate(groups[place], layout, pools, scale)
+        except _TooLarge as reason:
+            too_large = f"{size} need {reason}"
+            break
+        if len(rates) > 1 and rates[size] < list(rates.values())[-2]:
+            break
+    if not rates:
+        raise BadInput(f"--members_per_vmap=1: {too_large}; lower --config.batch_size, or raise --data_parallel")
+    best = next(size for size, rate in rates.items() if rate >= 0.98 * max(rates.values()))
+    return BlockChoice(dataclasses.replace(options, members_per_vmap=best).resolve(members), rates, too_large)
+
+
 def peak_host_bytes() -> int:
     """The most memory that this process has had so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -141,7 +205,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
     assert options.devices and options.members_per_vmap
     mesh = make_mesh(options.devices, options.data_parallel)
     unit = padded_size(1, mesh, options.members_per_vmap)
-    size = padded_size(len(group.members), mesh, options.members_per_vmap)
+    blocks = padded_size(len(group.members), mesh, options.members_per_vmap) // unit
     config = group.config
     whole_piece = piece_size(sweep.dev_tests, sweep.tests, options.data_parallel)
 
@@ -184,11 +248,9 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
     decode_compile_seconds, decode_seconds = _time(lambda: list(decoder.answers(trainer.state.params, prompts)))
 
     started = time.monotonic()
-    program = chunk_program(group, mesh, options.members_per_vmap)
-    full = program.lower(*chunk_shapes(group, pools, mesh, options.members_per_vmap)).compile()
+    full = _compile_at_full_shape(group, pools, mesh, options.members_per_vmap, config.chunk_steps)
     compile_seconds += time.monotonic() - started + evaluate_compile_seconds + decode_compile_seconds
 
-    blocks = size // unit
     dev, rest = (math.ceil(count / whole_piece) for count in (sweep.dev_tests, sweep.tests))
     evaluated, decoded = (config.chunks + 1) * dev + 2 * rest, (1 + conditions) * rest
     return _GroupForecast(
@@ -200,6 +262,68 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
     )
 
 
+class _TooLarge(Exception):
+    """A program needs more memory than a device has."""
+
+
+def _block_sizes(members: int, options: Options) -> list[int]:
+    """Sizes to try for a group of so many members: about 1, 2, 4, …, such that blocks are equal and few are idle."""
+    each = math.ceil(members / ((options.devices or jax.device_count()) // options.data_parallel))
+    doubled = [1 << power for power in range((each - 1).bit_length() + 1)]
+    return list(dict.fromkeys(math.ceil(each / math.ceil(each / size)) for size in doubled))
+
+
+def _block_rate(group: Group, layout: Options, pools: RulePools, scale: float) -> float:
+    """Examples a second of all members of a group; its full shape, few steps.
+
+    Raises _TooLarge where ``scale`` times its memory is more than a device has.
+    """
+    assert layout.devices and layout.members_per_vmap
+    config, members, block = group.config, len(group.members), layout.members_per_vmap
+    mesh = make_mesh(layout.devices, layout.data_parallel)
+    size = padded_size(members, mesh, block)
+    # The same number of steps whatever the block; where the chunk is no longer, this is the very program of the run.
+    guess = flops_per_example(group) * config.batch_size * members / layout.devices
+    steps = max(1, min(config.chunk_steps, int(_SECONDS * REACHED_FLOPS[jax.default_backend()] / guess)))
+    program = _compile_at_full_shape(group, pools, mesh, block, steps)
+    needed, limit = scale * program_bytes(program), _device_bytes()
+    if limit is not None and needed > limit:
+        raise _TooLarge(f"{in_bytes(needed)} of {in_bytes(limit)} a device")
+
+    # Not zeros: a GPU multiplies those faster than other numbers.
+    def make_state():
+        key = jax.random.key(0)
+        return jax.tree.map(
+            lambda leaf: (0.02 * jax.random.uniform(key, (size, *leaf.shape))).astype(leaf.dtype),
+            abstract_member(group),
+        )
+
+    try:
+        state = jax.jit(make_state, out_shardings=NamedSharding(mesh, P("member")))()
+        tables, data = stack_group(group, pools, size)
+        tables, data = put(tables, mesh, P()), put(data, mesh, P("member"))
+        order = ExampleOrder(config.examples, config.batch_size).batches(0, steps)
+        indices = put(order, mesh, P(None, "data"))
+
+        def train():
+            nonlocal state
+            state, metrics = program(tables, data, state, jnp.int32(0), indices)
+            return metrics
+
+        _, seconds = _time(train)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _TooLarge("more memory than there is") from None
+    return members * steps * config.batch_size / seconds
+
+
+def _device_bytes() -> int | None:
+    """Memory of a device that programs may use; None where the backend does not say (CPU)."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _as_many(of: int, seconds: float, multiple: int) -> int:
     """As many of these, at so many seconds each, as take about ``_SECONDS``; a multiple, as ``of`` is."""
     return max(multiple, min(of, int(_SECONDS / seconds) // multiple * multiple))
@@ -209,6 +333,12 @@ def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep, conditions: int) ->
     """FLOPs of a group's tests, nearly: as ``_probe`` counts them, a decoded answer like one that is read."""
     tests = (group.config.chunks + 1) * sweep.dev_tests + (3 + conditions) * sweep.tests
     return (plan.members + plan.idle) * tests * flops_per_example(group) / 3
+
+
+def _compile_at_full_shape(group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int, steps: int) -> Any:
+    """The program of a chunk of so many steps, for all members as the run will use it, from shapes alone."""
+    program = chunk_program(group, mesh, members_per_vmap)
+    return program.lower(*chunk_shapes(group, pools, mesh, members_per_vmap, steps)).compile()
 
 
 def program_bytes(program: Any) -> int:

@@ -45,8 +45,9 @@ SAMPLE_COLUMNS = (
 #: Columns of claims.csv: what the papers say of a figure, and whether its table bears that out.
 CLAIM_COLUMNS = ("claim", "holds", "evidence")
 #: Columns of timings.csv: one row a report. Seconds include the tests on unseen_dev; where a row has ``compiled`` 1,
-#: they include compilation, and there is no rate. ``elapsed_seconds`` adds them up, over all launches, for a group;
-#: ``checkpoint_seconds``, besides, is how long training stood still for a checkpoint.
+#: they include compilation, and there is no rate. Tokens are all places of a row: where lengths vary, padding is among
+#: them. ``elapsed_seconds`` adds the seconds up, over all launches, for a group; ``checkpoint_seconds``, besides, is
+#: how long training stood still for a checkpoint.
 TIMING_COLUMNS = (
     *("group", "step", "compiled", "seconds", "examples_per_second", "tokens_per_second", "elapsed_seconds"),
     "checkpoint_seconds",

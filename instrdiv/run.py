@@ -28,7 +28,7 @@ from instrdiv.evaluation import (
 from instrdiv.interruption import Interrupted, StopRequest
 from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
-from instrdiv.probing import peak_device_bytes, peak_host_bytes
+from instrdiv.probing import choose_block, peak_device_bytes, peak_host_bytes
 from instrdiv.progress import Reporter
 from instrdiv.results import Row, read_table, varying
 from instrdiv.rewriting.rules import resemblance
@@ -74,8 +74,10 @@ class Run:
 def plan(sweep: Sweep, options: Options | None = None) -> Plan:
     """Validates a sweep and says what it will take, without building a table or compiling anything."""
     sweep.validate()
-    options = (options or Options()).resolve(sweep.members)
-    return make_plan(make_groups(sweep.members), options, sweep.dev_tests, sweep.tests)
+    options = options or Options()
+    layout = options.resolve(sweep.members)
+    planned = make_plan(make_groups(sweep.members), layout, sweep.dev_tests, sweep.tests)
+    return dataclasses.replace(planned, block_is_guess=options.leaves_block_to_probe)
 
 
 def run(
@@ -94,7 +96,8 @@ def run(
       run_dir: where tables and checkpoints go (see ``docs/architecture.md``); None keeps everything in memory. A
         directory that holds this very run, finished, is read back; unfinished, it is gone on with. Members that the
         directory lacks are trained as a cohort of their own.
-      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory.
+      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory; at the
+        first one, on an accelerator, a probe of a minute or so chooses ``members_per_vmap``.
       progress: show a bar (or plain lines).
       overwrite: start anew in a directory that holds another run.
       keep_params: copy the trained parameters to the host.
@@ -121,12 +124,16 @@ def run(
     for source in {member.setting.rule_source for member in sweep.members}:
         held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
     schedule = schedule or Schedule()
+
+    def lay_out(cohort: Cohort) -> Cohort:
+        return _with_measured_block(cohort, options, pools, progress) if options.leaves_block_to_probe else cohort
+
     with contextlib.ExitStack() as stack:
         if run_dir is None:
-            groups = number_groups(cohorts)
+            groups = number_groups([lay_out(cohort) for cohort in cohorts])
             reporter = stack.enter_context(_reporter(groups, progress))
             return _Launch(sweep, pools, reporter, schedule).train(groups, keep_params)
-        directory = stack.enter_context(RunDirectory.begin(path, sweep, options, overwrite))
+        directory = stack.enter_context(RunDirectory.begin(path, sweep, options, overwrite, lay_out))
         done = directory.done()
         groups = [(group, layout) for group, layout in number_groups(directory.cohorts) if group.name not in done]
         directory.check_layouts(groups)
@@ -150,6 +157,13 @@ def run(
             peak_device_bytes=peak_device_bytes(),
         )
         return _read_back(directory, keep_params, params)
+
+
+def _with_measured_block(cohort: Cohort, options: Options, pools: RulePools, progress: bool) -> Cohort:
+    with _reporter([], progress) as reporter:
+        choice = choose_block(cohort.members, options, pools, reporter.working)
+        reporter.note(choice.text)
+    return Cohort(cohort.members, choice.options, choice.rates)
 
 
 def _reporter(groups: Sequence[tuple[Group, Options]], progress: bool) -> Reporter:
@@ -279,15 +293,17 @@ class _GroupRun:
         # Compiled before there is a chunk to run: its memory would come on top.
         jax.block_until_ready(self.evaluator.count(dev[:1]))
         while trainer.step < config.steps:
+            # Before the next one is dispatched: on CPU, that may take as long as it runs.
+            seconds = self._wait(pending) if pending else 0.0
             metrics = trainer.advance()
             # A copy: the state itself is donated to the next chunk.
             running = (trainer.step, metrics, self.evaluator.count(dev), trainer.state.diverged_at + 0)
             if pending:
-                self._report(*pending)
+                self._report(*pending, seconds)
             pending = running
             save = trainer.step == config.steps or self._is_save_due()
             if save or self._compiling:  # what runs while this process compiles would make the next rate a wonder
-                self._report(*pending)
+                self._report(*pending, self._wait(pending))
                 pending = None
             if save:
                 self._save()
@@ -319,12 +335,16 @@ class _GroupRun:
             self.checkpoints.wait()
             self.launch.stop_if_asked(f"group {self.group.name}, step {self.trainer.step} of {self.group.config.steps}")
 
-    def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any) -> None:
-        """Waits for the results of a chunk and adds their rows."""
+    def _wait(self, running: Any) -> float:
+        """Waits for a chunk's results; seconds since those of the one before were there."""
+        jax.block_until_ready(running)
+        last, self._clock = self._clock, time.monotonic()
+        return self._clock - last
+
+    def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any, seconds: float) -> None:
+        """Adds the rows of a chunk, which took so many seconds."""
         metrics, counts, diverged = jax.device_get((metrics, counts, diverged))
-        now = time.monotonic()
-        seconds, compiling = now - self._clock, self._compiling
-        self._clock, self._compiling = now, False
+        compiling, self._compiling = self._compiling, False
         config, group = self.group.config, self.group
         exact_match = []
         column = list(SLICES).index("has_op")

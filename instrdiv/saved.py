@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,16 @@ _FOLDERS = ("checkpoints", "tensorboard")
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Members that were launched together, and their layout. Those added later form a cohort of their own."""
+    """Members that were launched together, and their layout. Those added later form a cohort of their own.
+
+    Attributes:
+      members, options: the layout has no choice left open.
+      block_rates: where a probe chose ``members_per_vmap``: examples a second of each size that it tried.
+    """
 
     members: tuple[Member, ...]
     options: Options
+    block_rates: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 def devices_of(path: Path) -> int:
@@ -213,8 +219,17 @@ class RunDirectory(SavedRun):
 
     @classmethod
     @contextlib.contextmanager
-    def begin(cls, path: Path, sweep: Sweep, options: Options, overwrite: bool) -> Iterator[RunDirectory]:
+    def begin(
+        cls,
+        path: Path,
+        sweep: Sweep,
+        options: Options,
+        overwrite: bool,
+        lay_out: Callable[[Cohort], Cohort] = lambda cohort: cohort,
+    ) -> Iterator[RunDirectory]:
         """Makes the directory and says in config.json what is being run; nobody else may meanwhile.
+
+        A cohort that is new is passed through ``lay_out``, which may improve its layout.
 
         Raises BadInput as ``check``, which is asked again: another launch may have come and gone.
         """
@@ -222,6 +237,8 @@ class RunDirectory(SavedRun):
             path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             cohorts = cls.check(path, sweep, options, overwrite)
+            there = [] if overwrite or not (path / "config.json").exists() else SavedRun(path).cohorts
+            cohorts[len(there) :] = map(lay_out, cohorts[len(there) :])
             config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
             config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
             with _clear_errors(path):
@@ -275,12 +292,14 @@ class RunDirectory(SavedRun):
 
 def _read_cohort(there: dict[str, Any]) -> Cohort:
     members = tuple(Member(Setting.from_row(row), row["seed"]) for row in there["members"])
-    return Cohort(members, Options(**{field.name: there[field.name] for field in dataclasses.fields(Options)}))
+    options = Options(**{field.name: there[field.name] for field in dataclasses.fields(Options)})
+    return Cohort(members, options, {int(size): rate for size, rate in there.get("block_rates", {}).items()})
 
 
 def _write_cohort(cohort: Cohort) -> dict[str, Any]:
     members = [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in cohort.members]
-    return plain(dataclasses.asdict(cohort.options) | {"members": members})
+    probed = {"block_rates": cohort.block_rates} if cohort.block_rates else {}
+    return plain(dataclasses.asdict(cohort.options) | probed | {"members": members})
 
 
 def _holds(path: Path, value: Any) -> bool:

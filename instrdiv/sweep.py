@@ -74,15 +74,25 @@ class Options:
     Attributes:
       devices: how many devices are used.
       data_parallel: devices that share one member's batch; divides ``devices``.
-      members_per_vmap: members vectorised together; the others follow one after another.
+      members_per_vmap: members vectorised together, a *block*; the others follow one after another.
     """
 
     devices: int | None = None
     data_parallel: int = 1
     members_per_vmap: int | None = None
 
+    @property
+    def leaves_block_to_probe(self) -> bool:
+        """Whether a run measures which block is fastest (see ``probing.choose_block``): nobody named one, and it is
+        not known. On CPU one member at a time is; there, what a run computes must not hang on a clock, either.
+        """
+        return self.members_per_vmap is None and jax.default_backend() != "cpu"
+
     def resolve(self, members: Sequence[Member]) -> Options:
         """The choices made: all devices that the largest group can keep busy; on CPU one member at a time.
+
+        Elsewhere a block that is not named is a guess, for plans; a run measures it.
+
 
         Raises BadInput where what was asked for does not fit.
         """
@@ -105,7 +115,7 @@ class Options:
         per_vmap = self.members_per_vmap
         if per_vmap is None:
             # On CPU one member already fills a core. Elsewhere small members leave the device idle: blocks of at most
-            # eight are a guess until measured, of equal size so that few members are idle.
+            # eight are a guess, of equal size so that few members are idle.
             most = 1 if jax.default_backend() == "cpu" else 8
             blocks = math.ceil(largest / (rows * most))
             per_vmap = math.ceil(largest / (rows * blocks))

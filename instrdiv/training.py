@@ -190,8 +190,13 @@ def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
     )
 
 
-def chunk_shapes(group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int) -> tuple[Any, ...]:
-    """What ``chunk_program`` takes, as shapes on the mesh: compiles it without giving it memory, or a device."""
+def chunk_shapes(
+    group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int, steps: int | None = None
+) -> tuple[Any, ...]:
+    """What ``chunk_program`` takes, as shapes on the mesh: compiles it without giving it memory, or a device.
+
+    ``steps``: of the chunk, by default as many as a run's chunk has.
+    """
     size = padded_size(len(group.members), mesh, members_per_vmap)
 
     def shapes(tree, spec, leading=()):
@@ -202,7 +207,7 @@ def chunk_shapes(group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: i
 
     tables, data = stack_group(group, pools, size)
     step = jax.ShapeDtypeStruct((), np.int32)
-    indices = jax.ShapeDtypeStruct((group.config.chunk_steps, group.config.batch_size), np.int32)
+    indices = jax.ShapeDtypeStruct((steps or group.config.chunk_steps, group.config.batch_size), np.int32)
     return (
         shapes(tables, P()),
         shapes(data, P("member")),

@@ -1,13 +1,19 @@
 """Every test process simulates eight devices; tests choose how many of them a mesh uses.
 
-What they compile is kept in ``.pytest_cache/jax``: many tests run the same few programs.
+What they and the commands they start compile is kept in ``.pytest_cache/jax``: many tests run the same few programs.
 """
 
+import os
 from pathlib import Path
 
 import jax
 
+from instrdiv.compile_cache import prune, use_compile_cache
+
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # of the commands
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+use_compile_cache()
+prune(CACHE)

@@ -18,7 +18,7 @@ FIG2A = "experiments.fig2a_instruction_count"
 
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
-ENVIRONMENT["PYTHONPATH"] = str(ROOT)
+ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
 
 
 def command(module, *flags, cwd=None):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+import types
 
 import jax
 import numpy as np
@@ -240,3 +242,20 @@ def test_the_paper_preset_runs_three_steps_at_full_shape(batch_size):
     metrics = t.advance()
     assert t.step == 3 and t.group.shape.sequence == 144
     assert np.isfinite(metrics.loss).all() and metrics.loss[0] < 5
+
+
+def test_a_chunk_has_its_own_seconds_where_dispatch_waits_for_it(monkeypatch):
+    """As on CPU: a chunk may run while it is dispatched. A made-up clock goes on by 10 with every one."""
+    from instrdiv.training import Trainer
+
+    now, advance = [0.0], Trainer.advance
+
+    def slow_dispatch(trainer):
+        now[0] += 10
+        return jax.block_until_ready(advance(trainer))
+
+    monkeypatch.setattr(Trainer, "advance", slow_dispatch)
+    monkeypatch.setattr(sys.modules["instrdiv.run"], "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    done = run(Sweep.grid(TINY, seeds=1, dev_tests=8, tests=8, instructions=[4]), progress=False, keep_params=False)
+    assert [row["seconds"] for row in done.timings] == [10.0] * TINY.chunks
+    assert [row["elapsed_seconds"] for row in done.timings] == [10.0 * (i + 1) for i in range(TINY.chunks)]
