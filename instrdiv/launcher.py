@@ -25,6 +25,7 @@ from instrdiv import thresholds
 from instrdiv.checkpoints import Schedule, quieten_orbax
 from instrdiv.compile_cache import use_compile_cache
 from instrdiv.interruption import Interrupted
+from instrdiv.model import ATTENTION
 from instrdiv.population import Group
 from instrdiv.probing import forecast
 from instrdiv.progress import telling
@@ -115,6 +116,7 @@ def launch(figure: Figure) -> None:
     _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
     _define(whole, "data_parallel", "devices that share one member's batch", default=1)
     _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
+    _define(_enum(ATTENTION), "attention", "how attention is computed", default="plain")
     _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
     _define_switch("dry_run", "say what it would take, and stop")
     _define_switch("overwrite", "start anew in a directory that holds another run")
@@ -126,7 +128,7 @@ def launch(figure: Figure) -> None:
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
         use_cpu_cores(max(FLAGS.devices or 0, devices_of(run_dir)))
         sweep = make_sweep(figure, figure.presets[FLAGS.preset])
-        options = Options(FLAGS.devices, FLAGS.data_parallel, FLAGS.members_per_vmap)
+        options = Options(FLAGS.devices, FLAGS.data_parallel, FLAGS.members_per_vmap, FLAGS.attention)
         conditions = figure.conditions([m.setting for m in sweep.members]) if figure.conditions else []
         print(f"{figure.name}, preset {FLAGS.preset}, {run_dir}", flush=True)
         if FLAGS.dry_run:

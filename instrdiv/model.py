@@ -19,6 +19,9 @@ import jax.numpy as jnp
 
 from instrdiv.settings import StaticFields
 
+#: How attention is computed: written out, or by cuDNN in one kernel (bfloat16 on an NVIDIA GPU).
+ATTENTION = ("plain", "cudnn")
+
 #: The parameters that Muon orthogonalises: the four matrices of a block. Everything else is Adam's.
 MUON_MATRICES = ("qkv", "attention_out", "mlp_up", "mlp_down")
 
@@ -32,6 +35,7 @@ class Decoder(nn.Module):
       prompt: tokens before the answer; the first prediction is made at position ``prompt - 1``.
       sequence: longest row.
       ragged: rows may start with padding, which nothing attends to and which does not count as positions.
+      attention: one of ``ATTENTION``.
     """
 
     config: StaticFields
@@ -39,6 +43,7 @@ class Decoder(nn.Module):
     prompt: int
     sequence: int
     ragged: bool = False
+    attention: str = "plain"
 
     @nn.compact
     def __call__(
@@ -77,13 +82,22 @@ class Decoder(nn.Module):
             in_order = start is None and not self.ragged
             x_BxTxD += positions.astype(dtype)[jnp.s_[None, :T] if in_order else position_BxT]
         x_BxTxD = nn.Dropout(c.dropout, deterministic=not train)(x_BxTxD)
+        if start is None and c.precision == "bfloat16":
+            # Tensor cores want whole tiles. What is added comes last, so nothing attends to it; it is cut off below.
+            added = -T % 8
+            x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, added), (0, 0)))
+            place_T, S = jnp.arange(T + added), T + added
+            position_BxT = jnp.pad(position_BxT, ((0, 0), (0, added)))
         mask_BxTxS = (place_T[:, None] >= jnp.arange(S))[None]
         if self.ragged:
             mask_BxTxS = mask_BxTxS & (jnp.arange(S)[None, None, :] >= padding_B[:, None, None])
         for layer in range(c.layers):
             first = self.prompt - 1 if answer_only and layer == c.layers - 1 else 0
-            x_BxTxD = Block(c, name=f"layer_{layer}")(x_BxTxD, position_BxT, mask_BxTxS, first, train, start)
-        x_BxTxD = make_norm(c, "final_norm")(x_BxTxD)
+            # In one kernel where it is causal, and nothing else: not where some queries, or keys, are left out.
+            fused = self.attention == "cudnn" and first == 0 and start is None and not self.ragged
+            block = Block(c, fused, name=f"layer_{layer}")
+            x_BxTxD = block(x_BxTxD, position_BxT, mask_BxTxS, first, train, start)
+        x_BxTxD = make_norm(c, "final_norm")(x_BxTxD[:, : T - first])
         if c.tied_head:
             head = embedding.T
         else:
@@ -100,6 +114,7 @@ class Block(nn.Module):
     """
 
     config: StaticFields
+    fused_attention: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD, position_BxT, mask_BxTxS, first: int, train: bool, start=None):
@@ -115,12 +130,16 @@ class Block(nn.Module):
         if start is not None:
             S = mask_BxTxS.shape[-1]
             k, v = self._remember("keys", k, start, S), self._remember("values", v, start, S)
-        attended = attend(q[:, first:], k, v, mask_BxTxS[:, first:])
+        if self.fused_attention:
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        else:
+            attended = attend(q[:, first:], k, v, mask_BxTxS[:, first:])
         x = x_BxTxD[:, first:]
         x += drop(make_linear(c, D, "attention_out", residual=True)(attended.reshape(B, T - first, D)))
 
         hidden = make_linear(c, c.mlp_ratio * D, "mlp_up")(make_norm(c, "mlp_norm")(x))
-        hidden = nn.gelu(hidden) if c.activation == "gelu" else nn.relu(hidden)
+        # GELU's gradient is computed from its input, which is there; what was computed on the way is not kept.
+        hidden = jax.checkpoint(nn.gelu)(hidden) if c.activation == "gelu" else nn.relu(hidden)
         return x + drop(make_linear(c, D, "mlp_down", residual=True)(hidden))
 
     def _remember(self, name: str, new_BxTxHxK: jax.Array, start, S: int) -> jax.Array:
@@ -131,16 +150,34 @@ class Block(nn.Module):
         return kept.value
 
 
+@jax.custom_vjp
 def attend(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
     """Softmax attention, [B, T, H, K]; scores and softmax in float32.
 
     Written out because sequences are short: XLA's CPU backend runs this form, with its gradient, a quarter faster than
-    ``jax.nn.dot_product_attention``.
+    ``jax.nn.dot_product_attention``. With a gradient of its own, which keeps the weights, and multiplies, in the
+    precision of the inputs: the one that JAX derives has arrays of T x S in float32 instead.
     """
-    scale = q_BxTxHxK.shape[-1] ** -0.5
-    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k_BxSxHxK, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask_BxTxS[:, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bhts,bshk->bthk", weights.astype(v_BxSxHxK.dtype), v_BxSxHxK)
+    return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask_BxTxS)[0]
+
+
+def _attend(q, k, v, mask):
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshk->bthk", weights, v), (q, k, v, weights)
+
+
+def _attend_gradient(known, gradient_BxTxHxK):
+    q, k, v, weights = known
+    for_weights = jnp.einsum("bthk,bshk->bhts", gradient_BxTxHxK, v, preferred_element_type=jnp.float32)
+    for_scores = weights * (for_weights - (weights * for_weights).sum(-1, keepdims=True))
+    for_scores = (for_scores * q.shape[-1] ** -0.5).astype(q.dtype)
+    for_q = jnp.einsum("bhts,bshk->bthk", for_scores, k)
+    for_k = jnp.einsum("bhts,bthk->bshk", for_scores, q)
+    return for_q, for_k, jnp.einsum("bhts,bthk->bshk", weights, gradient_BxTxHxK), None
+
+
+attend.defvjp(_attend, _attend_gradient)
 
 
 def make_linear(c: StaticFields, features: int, name: str, residual: bool = False) -> Any:

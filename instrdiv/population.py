@@ -133,15 +133,16 @@ def build_rules(source: RuleSource, size: int, seed: int | None) -> RuleTable:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Members that share one compiled program."""
+    """Members that share one compiled program; ``attention`` is how it computes that (see ``model.ATTENTION``)."""
 
     name: str
     config: StaticFields
     shape: TaskShape
     members: tuple[Member, ...]
+    attention: str = "plain"
 
 
-def make_groups(members: Sequence[Member], first: int = 0) -> list[Group]:
+def make_groups(members: Sequence[Member], first: int = 0, attention: str = "plain") -> list[Group]:
     """Members by their static fields, in order of first appearance; named g0, g1, … or from ``first`` on."""
     by_config: dict[StaticFields, list[Member]] = {}
     for member in members:
@@ -149,7 +150,7 @@ def make_groups(members: Sequence[Member], first: int = 0) -> list[Group]:
     groups = []
     for number, (config, group) in enumerate(by_config.items(), first):
         shape = common_shape([member.setting.task_shape for member in group])
-        groups.append(Group(f"g{number}", config, shape, tuple(group)))
+        groups.append(Group(f"g{number}", config, shape, tuple(group), attention))
     return groups
 
 

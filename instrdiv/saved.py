@@ -74,7 +74,8 @@ def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Options]]:
     """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
     groups: list[tuple[Group, Options]] = []
     for cohort in cohorts:
-        groups += [(group, cohort.options) for group in make_groups(cohort.members, len(groups))]
+        made = make_groups(cohort.members, len(groups), cohort.options.attention)
+        groups += [(group, cohort.options) for group in made]
     return groups
 
 
@@ -292,7 +293,8 @@ class RunDirectory(SavedRun):
 
 def _read_cohort(there: dict[str, Any]) -> Cohort:
     members = tuple(Member(Setting.from_row(row), row["seed"]) for row in there["members"])
-    options = Options(**{field.name: there[field.name] for field in dataclasses.fields(Options)})
+    names = [field.name for field in dataclasses.fields(Options) if field.name != "attention"]
+    options = Options(**{name: there[name] for name in names}, attention=there.get("attention", "plain"))
     return Cohort(members, options, {int(size): rate for size, rate in there.get("block_rates", {}).items()})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from instrdiv.model import ATTENTION
 from instrdiv.population import make_groups
 from instrdiv.settings import SETTING_COLUMNS, BadInput, Member, Setting
 
@@ -75,11 +76,13 @@ class Options:
       devices: how many devices are used.
       data_parallel: devices that share one member's batch; divides ``devices``.
       members_per_vmap: members vectorised together, a *block*; the others follow one after another.
+      attention: how attention is computed, one of ``model.ATTENTION``.
     """
 
     devices: int | None = None
     data_parallel: int = 1
     members_per_vmap: int | None = None
+    attention: str = "plain"
 
     @property
     def leaves_block_to_probe(self) -> bool:
@@ -92,7 +95,6 @@ class Options:
         """The choices made: all devices that the largest group can keep busy; on CPU one member at a time.
 
         Elsewhere a block that is not named is a guess, for plans; a run measures it.
-
 
         Raises BadInput where what was asked for does not fit.
         """
@@ -110,6 +112,8 @@ class Options:
             if batch % self.data_parallel:
                 raise BadInput(f"--data_parallel={self.data_parallel}: must divide --config.batch_size={batch}")
 
+        if self.attention != "plain":
+            self._check_attention({member.setting for member in members})
         largest = max(len(group.members) for group in make_groups(members))
         rows = (self.devices or available) // self.data_parallel
         per_vmap = self.members_per_vmap
@@ -121,4 +125,19 @@ class Options:
             per_vmap = math.ceil(largest / (rows * blocks))
         if self.devices is None:
             rows = min(rows, math.ceil(largest / per_vmap))
-        return Options(rows * self.data_parallel, self.data_parallel, per_vmap)
+        return Options(rows * self.data_parallel, self.data_parallel, per_vmap, self.attention)
+
+    def _check_attention(self, settings: set[Setting]) -> None:
+        if self.attention not in ATTENTION:
+            raise BadInput(f"--attention={self.attention}: must be one of {', '.join(ATTENTION)}")
+        if jax.default_backend() != "gpu":
+            raise BadInput(f"--attention={self.attention}: needs an NVIDIA GPU; here is {jax.default_backend()}")
+        for setting in settings:
+            if setting.precision != "bfloat16":
+                raise BadInput(f"--attention={self.attention}: needs --config.precision=bfloat16")
+            if setting.task_shape.ragged:
+                raise BadInput(f"--attention={self.attention}: needs strings of one length each")
+            size = setting.width // setting.heads
+            if size % 8 or size > 128:
+                raise BadInput(f"--attention={self.attention}: needs heads of size 8, 16, … or 128, not {size}; "
+                               "it is --config.width over --config.heads")  # fmt: skip

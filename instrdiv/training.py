@@ -67,6 +67,7 @@ def make_decoder(group: Group) -> Decoder:
         prompt=shape.prompt,
         sequence=shape.sequence - 1,
         ragged=shape.ragged,
+        attention=group.attention,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instrdiv.model import MUON_MATRICES, Decoder, rotate
+from instrdiv.model import MUON_MATRICES, Decoder, attend, rotate
 from instrdiv.population import make_groups
 from instrdiv.settings import Member
 from instrdiv.training import make_decoder
@@ -79,14 +79,55 @@ def test_bfloat16_computes_close_to_float32_and_keeps_its_parameters():
     )
 
 
-def test_attention_agrees_with_jax():
-    from instrdiv.model import attend
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)])
+@pytest.mark.parametrize("queries", [7, 3])
+def test_attention_and_its_gradients_agree_with_jax(queries, dtype, atol):
+    """Also where the first queries are left out, and where rows start with padding."""
+    q, k, v, upstream = jax.random.normal(jax.random.key(0), (4, 2, 7, 4, 8)).astype(dtype)
+    q, upstream = q[:, -queries:], upstream[:, -queries:]
+    mask = jnp.tril(jnp.ones((2, 7, 7), bool))[:, -queries:].at[1, :, :2].set(False)
+    mask = mask.at[1, :, 2].set(True)  # every query has a key
 
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 8))
-    mask = jnp.tril(jnp.ones((1, 7, 7), bool))
-    np.testing.assert_allclose(
-        attend(q, k, v, mask), jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), atol=1e-5
-    )
+    def value_and_gradients(attention, dtype):
+        value, pull_back = jax.vjp(lambda *qkv: attention(*qkv), *(part.astype(dtype) for part in (q, k, v)))
+        return value, *pull_back(upstream.astype(dtype))
+
+    ours = value_and_gradients(lambda q, k, v: attend(q, k, v, mask), dtype)
+    theirs = value_and_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), jnp.float32)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(mine.astype(jnp.float32), other, atol=atol)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_bfloat16_adds_to_a_row_is_not_seen(ragged):
+    """In bfloat16 rows are lengthened to a multiple of eight: same logits as of a row that has that length."""
+    decoder, params, tokens = build(ragged, precision="bfloat16", positions="rotary")
+    padding, T = jnp.array([0, 1, 2]) * ragged, decoder.sequence
+    longer = dataclasses.replace(decoder, sequence=T + -T % 8)
+    assert longer.sequence > T
+    filled = jnp.pad(tokens, ((0, 0), (0, longer.sequence - T)), constant_values=5)
+    short, full = decoder.apply(params, tokens, padding), longer.apply(params, filled, padding)
+    np.testing.assert_array_equal(short, full[:, : short.shape[1]])
+
+
+def test_attention_in_one_kernel_is_asked_for_where_it_is_causal(monkeypatch):
+    """cuDNN's part is played by JAX: same logits; the last layer, which has fewer queries, is not given to it."""
+    decoder, params, tokens = build(precision="bfloat16", layers=3)
+    fused = dataclasses.replace(decoder, attention="cudnn")
+    asked = []
+
+    def attention(q, k, v, is_causal, implementation):
+        asked.append(implementation)
+        return plain(q, k, v, is_causal=is_causal)
+
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    a, b = (d.apply(params, tokens, jnp.zeros(3, jnp.int32)) for d in (decoder, fused))
+    assert asked == ["cudnn"] * 2
+    np.testing.assert_allclose(a, b, atol=0.1)
+    padded = dataclasses.replace(fused, ragged=True).apply(params, tokens, jnp.ones(3, jnp.int32))
+    assert asked == ["cudnn"] * 2 and np.isfinite(padded).all()
 
 
 def test_rotary_scores_depend_on_distance_alone():

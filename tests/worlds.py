@@ -15,6 +15,7 @@ TINY = dataclasses.replace(
     layers=1,
     width=16,
     heads=2,
+    mlp_ratio=4,
     batch_size=8,
     examples=64,
     epochs=2.0,
