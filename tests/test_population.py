@@ -158,6 +158,15 @@ def on_device(population):
     return group, tables, jax.tree.map(lambda leaf: leaf[0], data)
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and exact matches of the first two chunks on one device, and what became of a member."""
+    run = trainer(MANY)
+    metrics = [run.advance(), run.advance()]
+    assert np.ptp([m.loss for m in metrics]) > 1e-2  # so that agreement means something
+    return [m.loss for m in metrics], [m.exact_match for m in metrics], params_of(run, 3)
+
+
 class TestLayout:
     def test_a_member_is_bitwise_the_same_alone_among_4_and_among_8(self):
         population = members(8)
@@ -186,14 +195,6 @@ class TestLayout:
             np.testing.assert_allclose(metrics.exact_match, share, atol=1e-6)
         for a, b in zip(params, params_of(many, 3), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-3)
-
-    @pytest.fixture(scope="class")
-    def alone(self):
-        """Losses and exact matches of the first two chunks on one device, and what became of a member."""
-        run = trainer(MANY)
-        metrics = [run.advance(), run.advance()]
-        assert np.ptp([m.loss for m in metrics]) > 1e-2  # so that agreement means something
-        return [m.loss for m in metrics], [m.exact_match for m in metrics], params_of(run, 3)
 
     @pytest.mark.parametrize("devices", [1, 2, 4, 8])
     def test_members_never_communicate(self, devices):

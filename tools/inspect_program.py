@@ -100,11 +100,13 @@ def inspect(
     tokens = examples * group.shape.sequence
     moved = sum(kernel.times * kernel.bytes for kernel in kernels)
     products: dict[str, float] = defaultdict(float)
-    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    parts = {part: {"bytes": 0, "launches": 0} for part in PARTS}
     for kernel in kernels:
         for dtype, flops in kernel.flops.items():
             products[dtype] += kernel.times * flops
-        parts[part_of(kernel)] += kernel.times * kernel.bytes
+        part = next(parts[name] for name, scope in PARTS.items() if scope in kernel.instruction.scope)
+        part["bytes"] += kernel.times * kernel.bytes
+        part["launches"] += kernel.times
     memory = compiled.memory_analysis()
     in_step = {kernel.instruction.name for kernel in kernels}
     everywhere = [kernel for kernel in program.kernels(program.entry) if kernel.kind == "collective"]
@@ -120,13 +122,13 @@ def inspect(
             "kernels": moved,
             "cost_analysis": analysis.get("bytes accessed"),
             "kernels_a_token": moved / tokens,
-            "parts": parts,
         },
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "peak": program_bytes(compiled),
         },
+        "parts": parts,
         "step": {
             "kernels": dict(Counter(kernel.kind for kernel in kernels)),
             "launches": sum(kernel.times for kernel in kernels),
@@ -145,10 +147,6 @@ def inspect(
             for kernel in everywhere
         ],
     }
-
-
-def part_of(kernel: Kernel) -> str:
-    return next(part for part, scope in PARTS.items() if scope in kernel.instruction.scope)
 
 
 def largest(kernels: Iterable[Kernel], count: int = 10) -> list[dict[str, Any]]:
@@ -184,8 +182,8 @@ def as_text(found: dict[str, Any]) -> str:
     def number(value: float | None, unit: str = "") -> str:
         return "not known" if value is None else f"{value:.4g}{unit}"
 
-    def share(part: float) -> str:
-        return f"{100 * part / moved['kernels']:.0f} %"
+    def share(part: dict[str, int]) -> str:
+        return f"{100 * part['bytes'] / moved['kernels']:.3g} % in {part['launches']}"
 
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in found["seconds"].items())
     products = ", ".join(f"{number(value)} in {dtype}" for dtype, value in flops["products"].items()) or "not known"
@@ -195,7 +193,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"its products {products}",
         f"bytes a step: {in_bytes(moved['kernels'])} by its kernels, {in_bytes(moved['kernels_a_token'])} a token; "
         f"{number(moved['cost_analysis'])} by XLA's analysis",
-        "  " + ", ".join(f"{name} {share(value)}" for name, value in moved["parts"].items()),
+        "  launches: " + ", ".join(f"{name} {share(part)}" for name, part in found["parts"].items()),
         f"memory: {in_bytes(found['memory']['peak'])} at the peak, of it {in_bytes(found['memory']['arguments'])} "
         "arguments",
         f"a step: {step['launches']} launches ({', '.join(f'{n} {kind}' for kind, n in step['kernels'].items())}; "
