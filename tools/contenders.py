@@ -96,7 +96,7 @@ def population(world: World, batch_size: int, optimizer: str, members_per_vmap: 
     return Contender(
         kind="population",
         side="ours",
-        label=f"ours: {members} members together, {optimizer}, batch {batch_size}, {members_per_vmap} a block",
+        label=f"ours: {members} members together, {optimizer}, batch {batch_size}{_blocks(members_per_vmap)}",
         batch_size=batch_size,
         members=members,
         set_up=lambda: _train(world.trainer(members, batch_size, optimizer, members_per_vmap, devices)),
@@ -144,7 +144,7 @@ def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int)
     return Contender(
         kind="sampling",
         side="parts",
-        label=f"part: sampling alone, batch {batch_size}, {members_per_vmap} a block",
+        label=f"part: sampling alone, batch {batch_size}{_blocks(members_per_vmap)}",
         batch_size=batch_size,
         members=members,
         set_up=set_up,
@@ -167,12 +167,16 @@ def evaluation(world: World, members_per_vmap: int, devices: int, dev_tests: int
     return Contender(
         kind="evaluation",
         side="parts",
-        label=f"part: evaluation, {piece} tests a piece, {members_per_vmap} a block",
+        label=f"part: evaluation, {piece} tests a piece{_blocks(members_per_vmap)}",
         batch_size=piece,
         members=members,
         set_up=set_up,
         facts={"members_per_vmap": members_per_vmap, "devices": devices},
     )
+
+
+def _blocks(members_per_vmap: int) -> str:
+    return f", blocks of {members_per_vmap}" if members_per_vmap > 1 else ""
 
 
 def _train(trainer: Trainer) -> Ready:

@@ -88,7 +88,7 @@ class Outcome:
     Attributes:
       status: ``ok``; or why there are no (more) samples: ``missing: …``, ``failed: …``, ``not run: …``.
       calls: in one sample.
-      compile_seconds: of its program; where the first call compiled, by how much that was slower than the second.
+      compile_seconds: of its program; where the first call compiled, by how much that was slower than another.
     """
 
     contender: Contender
@@ -113,16 +113,18 @@ class Outcome:
         """Sets the contender up, and finds how many of its calls take about so many seconds."""
         try:
             self.ready = ready = self.contender.set_up()
-            first, second = _time(ready, 1), _time(ready, 1)
+            first, calls = _time(ready, 1), 1
+            while (took := _time(ready, calls)) < seconds / 4:
+                calls *= 2
             self.peak_bytes = ready.peak_bytes()
         except NotRun as reason:
             self.status, self.ready = str(reason), None
         except Exception as error:  # a peer may fail in any way: that is a result, and the others go on
             self._fail(error)
         else:
-            self.status = "ok"
-            self.compile_seconds = max(0.0, first - second) if ready.compile_seconds is None else ready.compile_seconds
-            self.calls = max(1, round(seconds / second))
+            self.status, self.calls = "ok", max(1, round(calls * seconds / took))
+            compiled = ready.compile_seconds
+            self.compile_seconds = max(0.0, first - took / calls) if compiled is None else compiled
 
     def sample(self, round: int, place: int) -> None:
         """Takes one sample."""

@@ -127,7 +127,8 @@ def ensemble(world: World, batch_size: int) -> Contender:
         def step() -> None:
             gradients = gradient(parameters, *next(rows))
             for name, parameter in parameters.items():
-                parameter.grad = gradients[name].detach()
+                # Contiguous: the fused update goes through memory in order, whatever the layout of a gradient.
+                parameter.grad = gradients[name].detach().contiguous()
             optimizer.step()
 
         return Ready(step, _wait, members * batch_size, peak_bytes=lambda: _peak_since(before))

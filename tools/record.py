@@ -147,7 +147,8 @@ class Record:
 
     def draw(self, path: Path) -> None:
         """The picture: a bar a contender, its whisker from the slowest to the fastest round, and the ceiling."""
-        shown = [outcome for outcome in self.outcomes if outcome.samples and not _is_part(outcome)]
+        measured = [outcome for outcome in self.outcomes if outcome.samples]
+        shown = [outcome for side in ("ours", "peers") for outcome in measured if outcome.contender.side == side]
         figure = new_figure(8, 1.9 + 0.36 * len(shown), "Training throughput, measured in turns")
         axes = figure.add_subplot()
         for place, outcome in enumerate(shown):
@@ -183,7 +184,8 @@ class Record:
             f"Blue: instrdiv; orange: peers. Median, slowest and fastest of {rounds} rounds in one process; "
             f"{self.device}. "
             f"{s.layers} layers, width {s.width}, {self.tokens:.0f} tokens an example, {s.precision}; "
-            f"jax {versions['jax']}, torch {versions['torch']}. Other processes used {self.other_cores:.2f} cores meanwhile."
+            f"jax {versions['jax']}, torch {versions['torch']}. "
+            f"Other processes kept {self.other_cores:.2f} cores busy meanwhile."
         )
         return textwrap.fill(text, 125)
 
