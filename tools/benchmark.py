@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -55,7 +56,7 @@ from instrdiv.settings import BadInput, Setting
 from instrdiv.sweep import Options
 from tools import contenders, machine, peers, startup, targets
 from tools.contenders import World
-from tools.measuring import Contender, Outcome, take_turns
+from tools.measuring import Contender, Outcome, in_one_line, take_turns
 from tools.record import Record
 
 #: What takes part; the choices of ``--only``.
@@ -185,12 +186,28 @@ def compete(record: Record, folder: Path, time_left: Callable[[], float], say: C
     take_turns(record.outcomes, rounds(), time_left, before)
 
 
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the work found; or, where it fails, why: what was measured before is not lost by that."""
+    try:
+        return work()
+    except Exception as error:
+        return {"failed": in_one_line(error)}
+
+
+def publish(record: Record, folder: Path) -> None:
+    """Writes all files."""
+    record.write(folder)
+    record.draw(folder / "benchmark.png")
+    (folder / "targets.md").write_text(targets.markdown(record))
+
+
 def benchmark() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
     use_cpu_cores()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
     on_cpu = jax.default_backend() == "cpu"
-    end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9))
+    kept = 2 * _SET_UP_SECONDS * (FLAGS.memory + FLAGS.startup)  # for what comes after the contenders
+    end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9)) - kept
 
     def time_left() -> float:
         return end - time.monotonic()
@@ -228,17 +245,15 @@ def benchmark() -> None:
         set_up(record, folder, time_left, say)
         compete(record, folder, time_left, say)
         record.device_peak_bytes = peak_device_bytes()
-        record.write(folder)
+        publish(record, folder)
         if FLAGS.memory:
             say("compiling 48 members of the papers' shape at batch 512")
-            record.memory = contenders.memory()
-            record.write(folder)
+            record.memory = attempt(contenders.memory)
+            publish(record, folder)
         if FLAGS.startup:
             say("timing a launcher's first step, twice")
-            record.startup = startup.measure(FLAGS.preset, setting.steps)
-            record.write(folder)
-    (folder / "targets.md").write_text(targets.markdown(record))
-    record.draw(folder / "benchmark.png")
+            record.startup = attempt(lambda: startup.measure(FLAGS.preset, setting.steps))
+            publish(record, folder)
     print(record.as_text(), targets.markdown(record), f"all of it: {folder}", sep="\n\n")
 
 

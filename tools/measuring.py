@@ -139,8 +139,13 @@ class Outcome:
             self.samples.append(Sample(round, place, seconds, self.calls * self.ready.examples, others / seconds))
 
     def _fail(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [""]
-        self.status, self.ready = f"failed: {type(error).__name__}: {lines[0][:200]}", None
+        self.status, self.ready = f"failed: {in_one_line(error)}", None
+
+
+def in_one_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def ratio(one: Outcome, other: Outcome) -> float:

@@ -33,8 +33,9 @@ class Record:
       command: that made it.
       machine, ceilings: see ``machine.py``.
       outcomes: of every contender, in order of importance.
-      startup: seconds to the first step, by ``cold`` and ``warm`` compilation cache; None where it was not asked for.
-      memory: of the chunk of 48 members of the papers' shape; None where it was not asked for.
+      startup: seconds to the first step, by ``cold`` and ``warm`` compilation cache; or ``failed``, with the reason;
+        None where it was not asked for.
+      memory: of 48 members of the papers' shape, see ``contenders.memory``; likewise.
       device_peak_bytes: the most that JAX has had on one device, all contenders; None where it cannot be told.
     """
 
