@@ -28,6 +28,7 @@ LAPTOP = Setting(
     layers=3,
     width=64,
     heads=4,
+    mlp_ratio=1,  # half the arithmetic of 4, and the same curve (docs/performance.md)
     activation="relu",
     norm="rmsnorm",
     biases=False,

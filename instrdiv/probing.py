@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.decoding import GroupDecoder
@@ -164,7 +163,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
         return trainer.tables, trainer.data, trainer.state, jnp.int32(0), indices
 
     program = trainer.train_chunk.lower(*arguments()).compile()
-    probe_bytes = _peak_bytes(program)
+    probe_bytes = program_bytes(program)
 
     def train():
         trainer.state, metrics = program(*arguments())
@@ -196,7 +195,7 @@ def _probe(group: Group, options: Options, pools: RulePools, sweep: Sweep, condi
         compile_seconds=compile_seconds,
         training_seconds=config.steps * blocks * step_seconds,
         test_seconds=blocks * (evaluated * evaluate_seconds + decoded * decode_seconds) * whole_piece / piece,
-        device_bytes=_peak_bytes(full),
+        device_bytes=program_bytes(full),
         probe_bytes=probe_bytes,
     )
 
@@ -212,7 +211,7 @@ def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep, conditions: int) ->
     return (plan.members + plan.idle) * tests * flops_per_example(group) / 3
 
 
-def _peak_bytes(program: Any) -> int:
+def program_bytes(program: Any) -> int:
     """What a compiled program needs on one device: arguments, results and temporaries."""
     memory = program.memory_analysis()
     return (memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -111,15 +111,15 @@ def train_step(
     A member whose gradients or update are not finite is frozen before the update is applied.
     """
     config, decoder = group.config, make_decoder(group)
-    batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+    with jax.named_scope("examples"):
+        batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+    tokens = batch.loss_mask.sum()
 
     dropout_key = None
     if config.dropout > 0:
         dropout_key = jax.random.fold_in(stream_key(DROPOUT_STREAM, data.seed), step)
         if data_parallel > 1:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
-
-    tokens = batch.loss_mask.sum()
 
     def loss_function(params):
         logits, targets = predict(decoder, params, batch, dropout_key)
@@ -131,21 +131,22 @@ def train_step(
     if data_parallel > 1:
         loss, gradients, exact = over_the_batch(loss, gradients, exact, tokens)
 
-    rate = rate_at(config, step)
-    optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    gradient_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(updates))
-    active = finite & (state.diverged_at < 0)
+    with jax.named_scope("update"):
+        rate = rate_at(config, step)
+        optimizer = make_optimizer(config, rate * data.learning_rate, rate * data.adam_learning_rate, data.weight_decay)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(updates))
+        active = finite & (state.diverged_at < 0)
 
-    def keep_if_frozen(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
+        def keep_if_frozen(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
 
-    new_state = MemberState(
-        params=keep_if_frozen(optax.apply_updates(state.params, updates), state.params),
-        optimizer=keep_if_frozen(optimizer_state, state.optimizer),
-        diverged_at=jnp.where(active | (state.diverged_at >= 0), state.diverged_at, step),
-    )
+        new_state = MemberState(
+            params=keep_if_frozen(optax.apply_updates(state.params, updates), state.params),
+            optimizer=keep_if_frozen(optimizer_state, state.optimizer),
+            diverged_at=jnp.where(active | (state.diverged_at >= 0), state.diverged_at, step),
+        )
     metrics = StepMetrics(loss=loss, gradient_norm=gradient_norm, exact_match=exact / config.batch_size)
     return new_state, jax.tree.map(lambda value: jnp.where(active, value, jnp.nan), metrics)
 

@@ -1,5 +1,7 @@
 """Forecasts: which groups are probed, what is scaled from them, and how little is run. (Real ones: test_launchers.)"""
 
+from unittest.mock import MagicMock
+
 import pytest
 
 from instrdiv import probing
@@ -62,8 +64,8 @@ def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, part):
     """Where a part takes that part of a second, three members on two devices take twice as long as one."""
     monkeypatch.setattr(probing, "_as_many", lambda of, seconds, multiple: of // part)
     monkeypatch.setattr(probing, "_time", lambda work: (0.0, 1 / part))
-    monkeypatch.setattr(probing, "_compile_at_full_shape", lambda *args: None)
-    monkeypatch.setattr(probing, "_peak_bytes", lambda program: 1)
+    monkeypatch.setattr(probing, "chunk_program", lambda *args: MagicMock())
+    monkeypatch.setattr(probing, "program_bytes", lambda program: 1)
     done = forecast(sweep(), OPTIONS)
     assert done.training_seconds == 2 * TINY.chunks  # the probe times a chunk
     # A piece each: unseen_dev at every report and at the end, unseen and seen; and unseen again, decoded.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from instrdiv.optimizers import decayed_parameters, make_optimizer, optimizer_of, rate_at
+from instrdiv.optimizers import decayed_parameters, make_optimizer, optimizer_of, orthogonalise, rate_at
 from instrdiv.population import make_groups, training_example
 from instrdiv.presets import LAPTOP
 from instrdiv.rewriting.alphabet import Alphabet
@@ -123,8 +123,8 @@ class TestOptimizers:
         matrices = ("qkv", "attention_out", "mlp_up", "mlp_down")
         assert names == {f"layer_{i}/{matrix}/kernel" for i in range(3) for matrix in matrices}
         state = jax.eval_shape(lambda p: make_optimizer(LAPTOP.static, 0.0, 0.0, 0.0).init(p), params)
-        (muon_state,) = [s for s in jax.tree.leaves(state, is_leaf=is_muon_state) if is_muon_state(s)]
-        assert len(jax.tree.leaves(muon_state.mu)) == 4 * 3
+        (momentum,) = [s for s in jax.tree.leaves(state, is_leaf=is_momentum) if is_momentum(s)]
+        assert len(jax.tree.leaves(momentum.trace)) == 4 * 3
 
     @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
     def test_one_update_equals_the_formula(self, optimizer):
@@ -149,6 +149,17 @@ class TestOptimizers:
             singular = np.linalg.svd(kernel, compute_uv=False)
             assert singular.min() > 0.3 and singular.max() < 1.3
 
+    def test_orthogonalised_together_as_by_optax_one_by_one(self):
+        shapes = [(8, 24), (8, 8), (8, 32), (32, 8), (8, 24), (32, 8)]
+        matrices = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+        each = [optax.contrib.MuonDimensionNumbers()] * len(matrices)
+        alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=each)
+        expected, _ = alone.update(matrices, alone.init(matrices))
+        for ours, theirs in zip(orthogonalise(matrices), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        zero = orthogonalise({"a": jnp.zeros((4, 4))})["a"]
+        assert not zero.any()
+
     def test_gradients_are_clipped_by_global_norm(self):
         config = dataclasses.replace(LAPTOP, optimizer="adamw", clip=0.5).static
         params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)}
@@ -171,8 +182,8 @@ class TestOptimizers:
         assert max(m[0] for m in moved) == 0 and min(m[1] for m in moved) > 0
 
 
-def is_muon_state(node):
-    return isinstance(node, optax.contrib.MuonState)
+def is_momentum(node):
+    return isinstance(node, optax.TraceState)
 
 
 def is_adam_state(node):

@@ -1,1 +1,1 @@
-"""What measures and inspects instrdiv; run from the repository root, never imported by the package."""
+"""Measuring instruments and helpers, run from the repository root: python -m tools.<name>."""

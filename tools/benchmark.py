@@ -2,7 +2,7 @@
 
     python -m tools.benchmark --preset=laptop --startup --memory
     python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --rounds=3
-    python -m tools.benchmark --preset=gpu --config.optimizer=adamw --members_per_vmap=8,4,16 --memory
+    python -m tools.benchmark --preset=gpu --config.optimizer=adamw --memory
 
 Every speed that the documentation claims comes from here. Our trainer, PyTorch and others do the same work in turns, in
 one process; medians are told with their extremes, next to what this machine's matrix products reach. What makes the
@@ -135,6 +135,18 @@ def line_up(
     ]
 
 
+def likely_blocks(world: World) -> list[int]:
+    """Blocks of members that may be the fastest: one at a time on CPU; elsewhere a guess, and its half and its double.
+
+    A run measures which one is (``probing.choose_block``); here each is a contender.
+    """
+    guess = Options().resolve(world.members).members_per_vmap
+    assert guess
+    if jax.default_backend() == "cpu":
+        return [guess]
+    return list(dict.fromkeys((guess, max(1, guess // 2), min(2 * guess, len(world.members)))))
+
+
 def devices_for(world: World, block: int) -> int:
     """The devices that a run would use with blocks of so many members."""
     devices = Options(members_per_vmap=block).resolve(world.members).devices
@@ -219,7 +231,7 @@ def benchmark() -> None:
         members, peer_batch_sizes = machine.usable_cores(), tuple({64: None, setting.batch_size: None})
     members, peer_batch_sizes = FLAGS.members or members, FLAGS.peer_batch_sizes or peer_batch_sizes
     world = World(setting, members, seconds())
-    blocks = FLAGS.members_per_vmap or [Options().resolve(world.members).members_per_vmap]
+    blocks = FLAGS.members_per_vmap or likely_blocks(world)
     line = line_up(world, batch_sizes, blocks, peer_batch_sizes)
     line = [contender for contender in line if not FLAGS.only or contender.kind in FLAGS.only]
     if not line:
@@ -262,7 +274,7 @@ if __name__ == "__main__":
     define_preset_flag(BASES)
     define_setting_flags({"batch_size"})
     flags.DEFINE(whole, "members", None, "that are trained together (default: the preset's)")
-    flags.DEFINE(ListParser(whole), "members_per_vmap", None, "blocks of ours, a list (default: what a run chooses)")
+    flags.DEFINE(ListParser(whole), "members_per_vmap", None, "blocks of ours, a list (default: 1 on CPU, else a few)")
     flags.DEFINE(ListParser(whole), "peer_batch_sizes", None, "of PyTorch's models, a list (default: the preset's)")
     flags.DEFINE(NumberParser(float, low=0), "seconds", None, "that a sample takes, about (default: the preset's)")
     flags.DEFINE(whole, "rounds", None, "samples of each contender (default: the preset's)")

@@ -1,0 +1,252 @@
+"""What a group's compiled program does, known without running it: arithmetic, bytes, memory, kernels, collectives.
+
+    python -m tools.inspect_program --preset=laptop --members=8
+    python -m tools.inspect_program --preset=paper --target=cuda:tools/h200.txtpb --members_per_vmap=8 --out=h200.json
+    python -m tools.inspect_program --preset=paper --target=tpu:v5e:2x2 --devices=4 --data_parallel=2
+
+The chunk of ``--members`` seeds is compiled at full shape from shapes alone, for this machine or for one that is only
+described: a GPU by its properties (needs JAX's CUDA packages, no GPU), a TPU by its topology (needs libtpu, no TPU).
+Numbers are of one step of one block of members on one device. For a described GPU the compiler cannot try kernels out:
+products of matrices are then cuBLAS's, nothing is autotuned, and XLA gives no cost analysis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from instrdiv.launcher import (
+    FLAGS,
+    NameParser,
+    NumberParser,
+    define_preset_flag,
+    define_setting_flags,
+    setting_flags,
+    start,
+    use_cpu_cores,
+)
+from instrdiv.planning import flops_per_example, in_bytes
+from instrdiv.population import Group, RulePools, make_groups, make_mesh
+from instrdiv.presets import BASES
+from instrdiv.probing import program_bytes
+from instrdiv.settings import BadInput, Member, Setting
+from instrdiv.training import chunk_program, chunk_shapes
+from tools.hlo import Kernel, Program
+
+#: A compiler that has no GPU to try kernels on: Triton's products fail at some of our shapes with what it then guesses.
+DESCRIBED_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+#: Parts of a step, by what the scopes of their kernels contain; the first that fits.
+PARTS = {"backward": "transpose(jvp(", "forward": "jvp(", "examples": "examples", "update": "update", "other": ""}
+
+
+def devices_of(target: str, count: int) -> tuple[Sequence[jax.Device], dict[str, Any]]:
+    """The devices to compile for, and the compiler's options. Raises BadInput for a target that there is not."""
+    kind, _, described = target.partition(":")
+    if target == "here":
+        use_cpu_cores(count)
+        return jax.devices(), {}
+    if kind not in ("cuda", "tpu") or not described:
+        raise BadInput(f"--target={target}: must be here, cuda:FILE (as tools/h200.txtpb) or tpu:TOPOLOGY (as v5e:2x2)")
+    from jax.experimental.topologies import get_topology_desc
+
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
+    arguments = {}
+    if kind == "cuda":
+        arguments = {"target_config": Path(described).read_text(), "topology": f"1x1x{count}"}
+    try:
+        topology = get_topology_desc("" if arguments else described, platform=kind, **arguments)
+    except (RuntimeError, NotImplementedError) as error:
+        packages = f"needs the packages of instrdiv[{kind}]"
+        raise BadInput(f"--target={target}: {packages}, and: {str(error).splitlines()[0]}") from None
+    return topology.devices, DESCRIBED_GPU if kind == "cuda" else {}
+
+
+def inspect(
+    group: Group,
+    members_per_vmap: int,
+    devices: int = 1,
+    data_parallel: int = 1,
+    available: Sequence[jax.Device] | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compiles the chunk of a group and reads the result; ``available``, ``options``: from ``devices_of``."""
+    mesh = make_mesh(devices, data_parallel, available)
+    shapes = chunk_shapes(group, RulePools(group.members), mesh, members_per_vmap)
+    clock = [time.monotonic()]
+    traced = chunk_program(group, mesh, members_per_vmap).trace(*shapes)
+    clock.append(time.monotonic())
+    lowered = traced.lower()
+    clock.append(time.monotonic())
+    compiled = lowered.compile(compiler_options=options or None)
+    clock.append(time.monotonic())
+
+    program = Program.parse(compiled.as_text())
+    kernels = list(program.kernels(program.step))
+    analysis = compiled.cost_analysis() or {}
+    examples = members_per_vmap * group.config.batch_size // data_parallel
+    tokens = examples * group.shape.sequence
+    moved = sum(kernel.times * kernel.bytes for kernel in kernels)
+    products: dict[str, float] = defaultdict(float)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for kernel in kernels:
+        for dtype, flops in kernel.flops.items():
+            products[dtype] += kernel.times * flops
+        parts[part_of(kernel)] += kernel.times * kernel.bytes
+    memory = compiled.memory_analysis()
+    in_step = {kernel.instruction.name for kernel in kernels}
+    everywhere = [kernel for kernel in program.kernels(program.entry) if kernel.kind == "collective"]
+    return {
+        "seconds": dict(zip(("trace", "lower", "compile"), np.diff(clock).tolist(), strict=True)),
+        "tokens": tokens,
+        "flops": {
+            "counted": flops_per_example(group) * examples,
+            "cost_analysis": analysis.get("flops"),
+            "products": dict(products),
+        },
+        "bytes": {
+            "kernels": moved,
+            "cost_analysis": analysis.get("bytes accessed"),
+            "kernels_a_token": moved / tokens,
+            "parts": parts,
+        },
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "peak": program_bytes(compiled),
+        },
+        "step": {
+            "kernels": dict(Counter(kernel.kind for kernel in kernels)),
+            "launches": sum(kernel.times for kernel in kernels),
+            "loops": len(program.loops(program.step)) - 1,
+        },
+        "largest_fusions": largest(kernel for kernel in kernels if kernel.kind == "fusion"),
+        "largest_products": largest(kernel for kernel in kernels if kernel.kind == "product"),
+        "collectives": [
+            {
+                "name": kernel.instruction.name,
+                "opcode": kernel.instruction.opcode,
+                "operands": kernel.operands,
+                "replica_groups": replica_groups(kernel),
+                "in_step": kernel.instruction.name in in_step,
+            }
+            for kernel in everywhere
+        ],
+    }
+
+
+def part_of(kernel: Kernel) -> str:
+    return next(part for part, scope in PARTS.items() if scope in kernel.instruction.scope)
+
+
+def largest(kernels: Iterable[Kernel], count: int = 10) -> list[dict[str, Any]]:
+    """Those that move most, the same kernel of several layers as one."""
+    alike = defaultdict(list)
+    for kernel in kernels:
+        scope = re.sub(r"layer_\d+", "layer_*", kernel.instruction.scope)
+        shape, *operands = (re.sub(r"\{[^}]*\}", "", shape) for shape in (kernel.instruction.shape, *kernel.operands))
+        alike[scope.split("closed_call/")[-1], shape, tuple(operands)].append(kernel)
+    rows: list[dict[str, Any]] = [
+        {
+            "scope": scope,
+            "result": result,
+            "operands": operands,
+            "times": sum(kernel.times for kernel in some),
+            "bytes": sum(kernel.times * kernel.bytes for kernel in some),
+        }
+        for (scope, result, operands), some in alike.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])[:count]
+
+
+def replica_groups(kernel: Kernel) -> str:
+    """As XLA writes them: those devices reduce among themselves."""
+    found = re.search(r"replica_groups=(.*?)(?:, \w+=|$)", kernel.instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """For people."""
+    flops, moved, step, tokens = found["flops"], found["bytes"], found["step"], found["tokens"]
+
+    def number(value: float | None, unit: str = "") -> str:
+        return "not known" if value is None else f"{value:.4g}{unit}"
+
+    def share(part: float) -> str:
+        return f"{100 * part / moved['kernels']:.0f} %"
+
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in found["seconds"].items())
+    products = ", ".join(f"{number(value)} in {dtype}" for dtype, value in flops["products"].items()) or "not known"
+    lines = [
+        f"{seconds}",
+        f"FLOPs a step: counted {number(flops['counted'])}; compiled {number(flops['cost_analysis'])}; "
+        f"its products {products}",
+        f"bytes a step: {in_bytes(moved['kernels'])} by its kernels, {in_bytes(moved['kernels_a_token'])} a token; "
+        f"{number(moved['cost_analysis'])} by XLA's analysis",
+        "  " + ", ".join(f"{name} {share(value)}" for name, value in moved["parts"].items()),
+        f"memory: {in_bytes(found['memory']['peak'])} at the peak, of it {in_bytes(found['memory']['arguments'])} "
+        "arguments",
+        f"a step: {step['launches']} launches ({', '.join(f'{n} {kind}' for kind, n in step['kernels'].items())}; "
+        f"{step['loops']} loops); {tokens} tokens",
+    ]
+    for title in ("fusions", "products"):
+        lines.append(f"largest {title}:")
+        for row in found[f"largest_{title}"]:
+            shapes = f"{row['result']} <- {', '.join(row['operands'])}"
+            lines.append(f"  {in_bytes(row['bytes']):>8} in {row['times']:>4}  {row['scope']}  {shapes}")
+    for row in found["collectives"]:
+        where = "in the step" if row["in_step"] else "outside the step"
+        lines.append(f"{row['opcode']} {where}: {len(row['operands'])} operands among {row['replica_groups']}")
+    return "\n".join([*lines, "" if found["collectives"] else "no collectives"]).rstrip()
+
+
+def group_of(setting: Setting, members: int) -> Group:
+    setting.validate()
+    (group,) = make_groups([Member(setting, seed) for seed in range(members)])
+    return group
+
+
+def main() -> None:
+    setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
+    group = group_of(setting, FLAGS.members)
+    if FLAGS.devices % FLAGS.data_parallel or setting.batch_size % FLAGS.data_parallel:
+        raise BadInput(
+            f"--data_parallel={FLAGS.data_parallel}: must divide --devices={FLAGS.devices} "
+            f"and --config.batch_size={setting.batch_size}"
+        )
+    available, options = devices_of(FLAGS.target, FLAGS.devices)
+    if len(available) < FLAGS.devices:
+        raise BadInput(f"--devices={FLAGS.devices}: --target={FLAGS.target} has {len(available)}")
+    found = inspect(group, FLAGS.members_per_vmap, FLAGS.devices, FLAGS.data_parallel, available, options)
+    names = ("preset", "members", "devices", "data_parallel", "members_per_vmap", "target")
+    asked = {name: FLAGS[name].value for name in names}
+    found = {**asked, "device": available[0].device_kind, "jax": jax.__version__, "compiler_options": options,
+             "setting": setting.as_row(), **found}  # fmt: skip
+    print(as_text(found))
+    if FLAGS.out:
+        Path(FLAGS.out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    define_preset_flag(BASES)
+    define_setting_flags()
+    whole = NumberParser(int, low=1)
+    flags.DEFINE(whole, "members", 8, "seeds of the setting: the members of the group")
+    flags.DEFINE(NumberParser(int, low=1, high=256), "devices", 1, "devices to compile for")
+    flags.DEFINE(whole, "data_parallel", 1, "devices that share one member's batch")
+    flags.DEFINE(whole, "members_per_vmap", 1, "members that are vectorised together")
+    flags.DEFINE(NameParser(), "target", "here", "machine: here, cuda:FILE or tpu:TOPOLOGY")
+    flags.DEFINE(NameParser(), "out", None, "where to write everything as JSON (default: nowhere)")
+    start(main)
