@@ -14,11 +14,11 @@ What is found goes to ``results/benchmark/<preset>-<device>/``: ``benchmark.json
 rewritten as the run goes on), ``benchmark.csv``, ``benchmark.png``, and ``targets.md``: what was to be reached, and
 whether it was.
 
-preset   hardware          time                     what it measures
-smoke    two CPU cores     half a minute            nothing: it only has to run
-laptop   two CPU cores     4 minutes                the laptop presets of all figures
-gpu      one H200          9 minutes (--minutes)    not run
-paper    two CPU cores     10 minutes (as above)    the papers' shape, where no accelerator is at hand
+preset   hardware          time                      what it measures
+smoke    two CPU cores     a minute                  nothing: it only has to run
+laptop   two CPU cores     5 minutes (estimated)     the laptop presets of all figures
+gpu      one H200          9 minutes (--minutes)     not run
+paper    two CPU cores     10 minutes (estimated)    the papers' shape where there is no accelerator, as above
 """
 
 from __future__ import annotations

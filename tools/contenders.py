@@ -81,7 +81,7 @@ class World:
         return np.asarray(batch.tokens), np.asarray(batch.loss_mask)
 
     def trainer(self, members: int, batch_size: int, optimizer: str, members_per_vmap: int, devices: int) -> Trainer:
-        """A trainer whose chunks take about a second half of the sample's, and are no longer than a run's."""
+        """A trainer whose chunks take about half as long as a sample, and have no more steps than a run's."""
         setting = dataclasses.replace(self.setting, batch_size=batch_size, optimizer=optimizer)
         step_seconds = members * batch_size * self.flops / (REACHED_FLOPS[jax.default_backend()] * devices)
         steps = max(1, min(setting.chunk_steps, int(self.seconds / 2 / step_seconds)))

@@ -118,21 +118,19 @@ class Record:
         return fields | {"setting": self.setting.as_row(), "contenders": contenders}
 
     def as_text(self) -> str:
-        """The table for a terminal."""
+        """The table for a terminal, and below it what is not in it, or did not last, and why."""
         head = ("", "tokens/s", "(min - max)", "ms a step", "of matmul", "memory", "compile")
-        lines = [head, *(self._cells(outcome) for outcome in self.outcomes)]
+        lines = [head, *(self._cells(outcome) for outcome in self.outcomes if outcome.samples)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-        )
+        table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+        said = [f"{o.contender.label}: {o.status}" for o in self.outcomes if o.status != "ok" or not o.samples]
+        return "\n".join([*table, *said])
 
     def _cells(self, outcome: Outcome) -> tuple[str, ...]:
         row = self.row(outcome)
-        if not outcome.samples:
-            return (f"{row['label']}: {row['status']}", *[""] * 6)
         low, high = (_thousands(row[f"tokens_per_second_{end}"]) for end in ("low", "high"))
         return (
-            row["label"] + ("" if outcome.status == "ok" else f": {outcome.status}"),
+            row["label"],
             _thousands(row["tokens_per_second"]),
             f"({low} - {high})",
             f"{row['step_milliseconds']:.3g}",
