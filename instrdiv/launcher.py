@@ -118,8 +118,8 @@ def launch(figure: Figure) -> None:
     _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
     _define(_enum(ATTENTION), "attention", "how attention is computed", default="plain")
     _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
-    _define_switch("dry_run", "say what it would take, and stop")
-    _define_switch("overwrite", "start anew in a directory that holds another run")
+    define_switch("dry_run", "say what it would take, and stop")
+    define_switch("overwrite", "start anew in a directory that holds another run")
     minutes = NumberParser(float, low=0)
     _define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
     _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
@@ -330,7 +330,7 @@ def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = N
     flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
 
 
-def _define_switch(name: str, help: str) -> None:
+def define_switch(name: str, help: str) -> None:
     """A flag that is on where it is named; like absl's, but that one reports a mistake as a tuple."""
     flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, False, help, boolean=True))
 

@@ -1,0 +1,286 @@
+"""How fast is training, against what else one could do on this machine?
+
+    python -m tools.benchmark --preset=laptop --startup --memory
+    python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --rounds=3
+    python -m tools.benchmark --preset=gpu --config.optimizer=adamw --memory
+
+Every speed that the documentation claims comes from here. Our trainer, PyTorch and others do the same work in turns, in
+one process; medians are told with their extremes, next to what this machine's matrix products reach. What makes the
+comparison fair or not is said in ``tools/peers.py``. A peer that is not installed, or fails, is in the table with the
+reason. ``--memory`` compiles 48 members of the papers' shape, and on an accelerator runs them; ``--startup`` times a
+launcher's first step. Run it alone on the machine; the load before it began is in the JSON.
+
+What is found goes to ``results/benchmark/<preset>-<device>/``: ``benchmark.json`` (the machine and every sample;
+rewritten as the run goes on), ``benchmark.csv``, ``benchmark.png``, and ``targets.md``: what was to be reached, and
+whether it was.
+
+preset   hardware          time                      what it measures
+smoke    two CPU cores     a minute                  nothing: it only has to run
+laptop   two CPU cores     5 minutes (estimated)     the laptop presets of all figures
+gpu      one H200          9 minutes (--minutes)     not run
+paper    two CPU cores     10 minutes (estimated)    the papers' shape where there is no accelerator, as above
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from instrdiv.launcher import (
+    FLAGS,
+    ListParser,
+    NameParser,
+    NumberParser,
+    define_preset_flag,
+    define_setting_flags,
+    define_switch,
+    refuse_idle_flags,
+    setting_flags,
+    start,
+    use_cpu_cores,
+)
+from instrdiv.presets import BASES, DEV_TESTS
+from instrdiv.probing import peak_device_bytes
+from instrdiv.progress import telling
+from instrdiv.settings import BadInput, Setting
+from instrdiv.sweep import Options
+from tools import contenders, machine, peers, startup, targets
+from tools.contenders import World
+from tools.measuring import Contender, Outcome, in_one_line, take_turns
+from tools.record import Record
+
+#: What takes part; the choices of ``--only``.
+KINDS = (
+    *("population", "one_at_a_time", "sampling", "evaluation"),
+    *("gpt2_eager_fp32", "gpt2_eager_bf16", "gpt2_compiled_fp32", "gpt2_compiled_bf16", "gpt2_graphs_bf16"),
+    *("ensemble", "flax_loop"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a preset measures, where there is no flag.
+
+    Attributes:
+      members: that are trained together; of the papers' shape, on CPU, one a core.
+      tests: final tests of figure 2a.
+      peer_batch_sizes: of PyTorch's models; of the papers' shape, on CPU, 64 and ours.
+      seconds: that a sample takes, about.
+      rounds: samples of each contender.
+    """
+
+    members: int
+    tests: int
+    peer_batch_sizes: tuple[int, ...]
+    seconds: float = 2.0
+    rounds: int = 5
+
+
+SIZES = {
+    "smoke": Size(members=2, tests=128, peer_batch_sizes=(32,), seconds=0.05, rounds=2),
+    "laptop": Size(members=8, tests=2_000, peer_batch_sizes=(64,)),
+    "gpu": Size(members=48, tests=10_000, peer_batch_sizes=(64, 256, 1024)),
+    "paper": Size(members=48, tests=100_000, peer_batch_sizes=(64, 256, 1024)),
+}
+#: Where time is short: what a set-up may take, about; mostly compilation.
+_SET_UP_SECONDS = 45.0
+
+
+def line_up(
+    world: World, batch_sizes: Sequence[int], blocks: Sequence[int], peer_batch_sizes: Sequence[int]
+) -> list[Contender]:
+    """All contenders, the most important first: where time is short, the last ones are not run."""
+    on_cpu, optimizer = jax.default_backend() == "cpu", world.setting.optimizer
+
+    def ours(batch_size: int, block: int, optimizer: str) -> Contender:
+        return contenders.population(world, batch_size, optimizer, block, devices_for(world, block))
+
+    def gpt2(mode: str, precision: str) -> list[Contender]:
+        return [peers.gpt2(world, batch_size, precision, mode) for batch_size in peer_batch_sizes]
+
+    first, *others = [ours(batch_size, block, optimizer) for batch_size in batch_sizes for block in blocks]
+    batch_size, block = batch_sizes[0], blocks[0]
+    compiled, *more_compiled = gpt2("compiled", "float32" if on_cpu else "bfloat16")
+    eager, *more_eager = gpt2("eager", "float32")
+    eager_bf16 = [] if on_cpu else gpt2("eager", "bfloat16")
+    graphs = [] if on_cpu else gpt2("graphs", "bfloat16")
+    as_peers = [] if optimizer == "adamw" else ["adamw"]
+    return [
+        *(first, compiled, eager, contenders.one_at_a_time(world, batch_size, optimizer)),
+        contenders.sampling(world, batch_size, block, devices_for(world, block)),
+        *more_compiled,
+        *others,
+        *(ours(batch_size, block, name) for name in as_peers),
+        contenders.evaluation(
+            world, block, devices_for(world, block), DEV_TESTS[FLAGS.preset], SIZES[FLAGS.preset].tests
+        ),
+        *graphs[:1],
+        peers.ensemble(world, peer_batch_sizes[0]),
+        peers.flax_loop(world, batch_size),
+        *eager_bf16[:1],
+        *(contenders.one_at_a_time(world, batch_size, name) for name in as_peers),
+        *more_eager,
+        *eager_bf16[1:],
+        *graphs[1:],
+    ]
+
+
+def likely_blocks(world: World) -> list[int]:
+    """Blocks of members that may be the fastest: one at a time on CPU; elsewhere a guess, and its half and its double.
+
+    A run measures which one is (``probing.choose_block``); here each is a contender.
+    """
+    guess = Options().resolve(world.members).members_per_vmap
+    assert guess
+    if jax.default_backend() == "cpu":
+        return [guess]
+    return list(dict.fromkeys((guess, max(1, guess // 2), min(2 * guess, len(world.members)))))
+
+
+def devices_for(world: World, block: int) -> int:
+    """The devices that a run would use with blocks of so many members."""
+    devices = Options(members_per_vmap=block).resolve(world.members).devices
+    assert devices
+    return devices
+
+
+def seconds() -> float:
+    return FLAGS.seconds or SIZES[FLAGS.preset].seconds
+
+
+def rounds() -> int:
+    return FLAGS.rounds or SIZES[FLAGS.preset].rounds
+
+
+def chosen_setting() -> tuple[Setting, list[int]]:
+    """The preset's setting with what the flags change, and the batch sizes that ours is to be measured at."""
+    given = setting_flags()
+    base = BASES[FLAGS.preset]
+    batch_sizes = list(dict.fromkeys(given.pop("batch_size", (base.batch_size,))))
+    settings = [dataclasses.replace(base, **given, batch_size=batch_size) for batch_size in batch_sizes]
+    for setting in settings:
+        setting.validate()
+    refuse_idle_flags(settings)
+    return settings[0], batch_sizes
+
+
+def set_up(record: Record, folder: Path, time_left: Callable[[], float], say: Callable[[str], None]) -> None:
+    """Sets contenders up while there is time to; each leaves enough for the rounds of those that are set up."""
+    for number, outcome in enumerate(record.outcomes, 1):
+        ready = sum(other.ready is not None for other in record.outcomes)
+        if ready and time_left() < _SET_UP_SECONDS + rounds() * seconds() * (ready + 1):
+            return
+        say(f"setting up {number} of {len(record.outcomes)}: {outcome.contender.label}")
+        outcome.prepare(seconds())
+        if not outcome.ready:
+            say(f"{outcome.contender.label}: {outcome.status}")
+        record.write(folder)
+
+
+def compete(record: Record, folder: Path, time_left: Callable[[], float], say: Callable[[str], None]) -> None:
+    """Takes the samples."""
+
+    def before(round: int, place: int, outcome: Outcome) -> None:
+        if place == 0:
+            record.write(folder)
+        say(f"round {round + 1} of {rounds()}: {outcome.contender.label}")
+
+    take_turns(record.outcomes, rounds(), time_left, before)
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the work found; or, where it fails, why: what was measured before is not lost by that."""
+    try:
+        return work()
+    except Exception as error:
+        return {"failed": in_one_line(error)}
+
+
+def publish(record: Record, folder: Path) -> None:
+    """Writes all files."""
+    record.write(folder)
+    record.draw(folder / "benchmark.png")
+    (folder / "targets.md").write_text(targets.markdown(record))
+
+
+def benchmark() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
+    use_cpu_cores()
+    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
+    on_cpu = jax.default_backend() == "cpu"
+    kept = 2 * _SET_UP_SECONDS * (FLAGS.memory + FLAGS.startup)  # for what comes after the contenders
+    end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9)) - kept
+
+    def time_left() -> float:
+        return end - time.monotonic()
+
+    setting, batch_sizes = chosen_setting()
+    size = SIZES[FLAGS.preset]
+    members, peer_batch_sizes = size.members, size.peer_batch_sizes
+    if on_cpu and FLAGS.preset in ("gpu", "paper"):
+        members, peer_batch_sizes = machine.usable_cores(), tuple({64: None, setting.batch_size: None})
+    members, peer_batch_sizes = FLAGS.members or members, FLAGS.peer_batch_sizes or peer_batch_sizes
+    world = World(setting, members, seconds())
+    blocks = FLAGS.members_per_vmap or likely_blocks(world)
+    line = line_up(world, batch_sizes, blocks, peer_batch_sizes)
+    line = [contender for contender in line if not FLAGS.only or contender.kind in FLAGS.only]
+    if not line:
+        raise BadInput(f"--only={','.join(FLAGS.only)}: none of these is measured on {jax.default_backend()}")
+
+    device = "cpu" if on_cpu else re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
+    folder = Path(FLAGS.out or f"results/benchmark/{FLAGS.preset}-{device}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with telling() as say:
+        say("measuring this machine's matrix products and copies")
+        record = Record(
+            preset=FLAGS.preset,
+            setting=setting,
+            members=members,
+            tokens=world.tokens,
+            flops=world.flops,
+            command=["python", "-m", "tools.benchmark", *sys.argv[1:]],
+            machine=machine.describe(),
+            ceilings=machine.ceilings(setting.precision),
+            outcomes=[Outcome(contender) for contender in line],
+        )
+        record.write(folder)
+        set_up(record, folder, time_left, say)
+        compete(record, folder, time_left, say)
+        record.device_peak_bytes = peak_device_bytes()
+        publish(record, folder)
+        if FLAGS.memory:
+            say("compiling 48 members of the papers' shape at batch 512")
+            record.memory = attempt(contenders.memory)
+            publish(record, folder)
+        if FLAGS.startup:
+            say("timing a launcher's first step, twice")
+            record.startup = attempt(lambda: startup.measure(FLAGS.preset, setting.steps))
+            publish(record, folder)
+    print(record.as_text(), targets.markdown(record), f"all of it: {folder}", sep="\n\n")
+
+
+if __name__ == "__main__":
+    whole = NumberParser(int, low=1)
+    define_preset_flag(BASES)
+    define_setting_flags({"batch_size"})
+    flags.DEFINE(whole, "members", None, "that are trained together (default: the preset's)")
+    flags.DEFINE(ListParser(whole), "members_per_vmap", None, "blocks of ours, a list (default: 1 on CPU, else a few)")
+    flags.DEFINE(ListParser(whole), "peer_batch_sizes", None, "of PyTorch's models, a list (default: the preset's)")
+    flags.DEFINE(NumberParser(float, low=0), "seconds", None, "that a sample takes, about (default: the preset's)")
+    flags.DEFINE(whole, "rounds", None, "samples of each contender (default: the preset's)")
+    flags.DEFINE(NumberParser(float, low=0), "minutes", None, "to be done in (default: 9; on CPU as long as it takes)")
+    flags.DEFINE(ListParser(flags.EnumParser(list(KINDS))), "only", None, f"who takes part, of {', '.join(KINDS)}")
+    flags.DEFINE(NameParser(), "out", None, "where the results go (default: results/benchmark/<preset>-<device>)")
+    define_switch("startup", "time a launcher's first step, too")
+    define_switch("memory", "compile the papers' population, too; run it on an accelerator")
+    start(benchmark)

@@ -1,0 +1,192 @@
+"""Contenders, and how they are timed: in turns, all in one process, so that what disturbs one disturbs the others.
+
+Nothing here knows JAX or PyTorch. A contender is set up once and then gives calls of a fixed amount of work. A sample
+is as many calls as take about the seconds asked for, dispatched without waiting in between, as in a run, and waited for
+at the end; so a peer is never charged for a synchronisation that it does not need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class NotRun(Exception):
+    """A contender cannot be set up here. The message is its status: ``missing: pip install torch``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A contender that is set up.
+
+    Attributes:
+      call: dispatches one call of work; need not wait for it.
+      wait: blocks until everything that was dispatched is done.
+      examples: that one call trains on, or tests, all members together; idle members do not count.
+      compile_seconds: None where the first call compiles.
+      peak_bytes: memory at its peak, asked after some calls; None where it cannot be told.
+    """
+
+    call: Callable[[], Any]
+    wait: Callable[[], Any]
+    examples: int
+    compile_seconds: float | None = None
+    peak_bytes: Callable[[], int | None] = lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to do the work.
+
+    Attributes:
+      kind: its name on the command line.
+      side: ``ours``, ``peers``; or ``parts``: some of what ours does, not a rival.
+      label: its name for people.
+      batch_size: examples a step of one member.
+      members: that are trained together.
+      set_up: builds and compiles it. Raises NotRun where it cannot; whatever else it raises is recorded as a failure.
+      facts: anything else that a reader has to know.
+    """
+
+    kind: str
+    side: str
+    label: str
+    batch_size: int
+    members: int
+    set_up: Callable[[], Ready]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One turn.
+
+    Attributes:
+      round, place: when; the place is that in the round.
+      seconds, examples: how long it took, and how many examples that was.
+      other_cores: CPU cores that other processes kept busy meanwhile; NaN where the system does not tell. Where they
+        did, the sample says little of a contender with threads that wait for one another, as PyTorch's do.
+    """
+
+    round: int
+    place: int
+    seconds: float
+    examples: int
+    other_cores: float
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a contender.
+
+    Attributes:
+      status: ``ok``; or why there are no (more) samples: ``missing: …``, ``failed: …``, ``not run: …``.
+      calls: in one sample.
+      compile_seconds: of its program; where the first call compiled, by how much that was slower than another.
+    """
+
+    contender: Contender
+    status: str = "not run: out of time"
+    compile_seconds: float = math.nan
+    peak_bytes: int | None = None
+    calls: int = 0
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+    ready: Ready | None = None
+
+    @property
+    def rates(self) -> dict[int, float]:
+        """Examples a second of every round that it was sampled in."""
+        return {sample.round: sample.examples / sample.seconds for sample in self.samples}
+
+    @property
+    def rate(self) -> float:
+        """Examples a second, the median over rounds; NaN without samples."""
+        return statistics.median(self.rates.values()) if self.samples else math.nan
+
+    def prepare(self, seconds: float) -> None:
+        """Sets the contender up, and finds how many of its calls take about so many seconds."""
+        try:
+            self.ready = ready = self.contender.set_up()
+            first, calls = _time(ready, 1), 1
+            while (took := _time(ready, calls)) < seconds / 4:
+                calls *= 2
+            self.peak_bytes = ready.peak_bytes()
+        except NotRun as reason:
+            self.status, self.ready = str(reason), None
+        except Exception as error:  # a peer may fail in any way: that is a result, and the others go on
+            self._fail(error)
+        else:
+            self.status, self.calls = "ok", max(1, round(calls * seconds / took))
+            compiled = ready.compile_seconds
+            self.compile_seconds = max(0.0, first - took / calls) if compiled is None else compiled
+
+    def sample(self, round: int, place: int) -> None:
+        """Takes one sample."""
+        assert self.ready
+        others = _other_seconds()
+        try:
+            seconds = _time(self.ready, self.calls)
+        except Exception as error:
+            self._fail(error)
+        else:
+            others = max(0.0, _other_seconds() - others)
+            self.samples.append(Sample(round, place, seconds, self.calls * self.ready.examples, others / seconds))
+
+    def _fail(self, error: Exception) -> None:
+        self.status, self.ready = f"failed: {in_one_line(error)}", None
+
+
+def in_one_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def ratio(one: Outcome, other: Outcome) -> float:
+    """How many times as fast one is as the other: the median over the rounds of the ratio within each; NaN if none."""
+    common = one.rates.keys() & other.rates.keys()
+    return statistics.median(one.rates[r] / other.rates[r] for r in common) if common else math.nan
+
+
+def take_turns(
+    outcomes: Sequence[Outcome],
+    rounds: int,
+    time_left: Callable[[], float] = lambda: math.inf,
+    before: Callable[[int, int, Outcome], None] = lambda round, place, outcome: None,
+) -> None:
+    """Samples each contender that is set up once a round, in an order that is rotated by one from round to round.
+
+    A turn that would take longer than there is time left is not begun.
+    """
+    ready = [outcome for outcome in outcomes if outcome.ready]
+    for round in range(rounds):
+        for place in range(len(ready)):
+            outcome = ready[(round + place) % len(ready)]
+            expected = max((sample.seconds for sample in outcome.samples), default=0.0)
+            if outcome.ready and expected < time_left():
+                before(round, place, outcome)
+                outcome.sample(round, place)
+
+
+def _other_seconds() -> float:
+    """CPU seconds that everything but this process has used since the machine was started; NaN but on Linux."""
+    try:
+        first = Path("/proc/stat").read_text().partition("\n")[0].split()
+    except OSError:
+        return math.nan
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, first[1:9])
+    return (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _time(ready: Ready, calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        ready.call()
+    ready.wait()
+    return time.perf_counter() - started

@@ -1,0 +1,313 @@
+"""Peers: what people train such models with today. PyTorch and Transformers, ``torch.func``, and a plain Flax loop.
+
+What is fair, and what is not, is decided in the peers' favour wherever it is cheap to do so:
+
+- same vocabulary, rows, layers, width, heads, MLP width and activation; dropout 0; loss on the answer alone;
+- their rows lie on the device before the clock starts, so PyTorch pays neither for making nor for loading them (the
+  Flax loop does: that is what it is there to show);
+- no clipping, no schedule, no metrics, no reading of the loss, all of which our step has;
+- fused AdamW; PyTorch has as many threads as this process has cores.
+
+Against them: GPT-2 always has LayerNorm, biases and a tied head, and computes its last layer and the head at all
+positions, where ours stops at the answer; so it does somewhat more arithmetic for the same tokens. That is what users
+of GPT-2 do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from instrdiv.population import INIT_STREAM, make_groups, stream_key
+from instrdiv.rewriting.alphabet import END, FIRST_LETTER, PAD, SEPARATOR
+from instrdiv.rewriting.examples import TaskShape
+from instrdiv.rewriting.rules import RuleTable
+from instrdiv.training import make_decoder
+from tools.contenders import World
+from tools.machine import usable_cores
+from tools.measuring import Contender, NotRun, Ready
+
+#: Different batches that PyTorch trains on in turn.
+_BATCHES = 8
+#: Members of the ensemble, at most: without a fused attention its activations are large.
+_ENSEMBLE = 8
+
+
+def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> Contender:
+    """``transformers.GPT2LMHeadModel``, one model at a time.
+
+    Args:
+      world: what it is trained on.
+      batch_size: examples a step.
+      precision: ``float32``, or ``bfloat16`` by autocast; parameters are float32.
+      mode: ``eager``; ``compiled`` by torch.compile, into one graph or not at all; or ``graphs``, compiled and replayed
+        as a CUDA graph.
+    """
+    short = {"float32": "fp32", "bfloat16": "bf16"}[precision]
+    words = {"eager": "eager", "compiled": "compiled", "graphs": "compiled, CUDA graphs,"}[mode]
+
+    def set_up() -> Ready:
+        import torch
+        from transformers import GPT2LMHeadModel
+
+        if mode != "eager" and _device() == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise NotRun("missing: a C++ compiler (install g++) for torch.compile on CPU")
+        before, device = _allocated(), _device()
+        model: Any = GPT2LMHeadModel(_gpt2_config(world, "sdpa"))
+        model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+        batches = itertools.cycle(_batches(world, batch_size))
+
+        def loss_of(inputs: Any, targets: Any) -> Any:
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                return _loss(model(input_ids=inputs, use_cache=False).logits, targets)
+
+        if mode != "eager":
+            # fullgraph: rather fail than run part of it uncompiled and call it compiled.
+            how = "reduce-overhead" if mode == "graphs" else "default"
+            loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False, mode=how)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(*next(batches)).backward()
+            optimizer.step()
+
+        return Ready(step, _wait, batch_size, peak_bytes=lambda: _peak_since(before))
+
+    return Contender(
+        kind=f"gpt2_{mode}_{short}",
+        side="peers",
+        label=f"PyTorch GPT-2, {words} {short}, batch {batch_size}",
+        batch_size=batch_size,
+        members=1,
+        set_up=_with_torch(set_up),
+        facts={"optimizer": "adamw", "precision": precision, "attention": "sdpa", "threads": usable_cores()},
+    )
+
+
+def ensemble(world: World, batch_size: int) -> Contender:
+    """Members of ``GPT2LMHeadModel`` as one: ``torch.func`` stacks their parameters and maps the gradient over them.
+
+    Their attention is written out: ``scaled_dot_product_attention`` cannot be mapped but by a loop over the members.
+    AdamW works entry by entry, so one fused update of the stacked parameters is that of every member.
+    """
+    members, precision = min(len(world.members), _ENSEMBLE), world.setting.precision
+
+    def set_up() -> Ready:
+        import torch
+        from torch.func import functional_call, grad, stack_module_state, vmap
+        from transformers import GPT2LMHeadModel
+
+        before, device = _allocated(), _device()
+        models: list[Any] = [GPT2LMHeadModel(_gpt2_config(world, "eager")) for _ in range(members)]
+        params, _ = stack_module_state([model.to(device) for model in models])
+        parameters = {name: torch.nn.Parameter(value.detach()) for name, value in params.items()}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0, fused=True)
+        rows = itertools.cycle(
+            (inputs.unflatten(0, (members, batch_size)), targets.unflatten(0, (members, batch_size)))
+            for inputs, targets in _batches(world, members * batch_size)
+        )
+
+        def loss_of(parameters, inputs, targets):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                out = functional_call(models[0], parameters, (), {"input_ids": inputs, "use_cache": False})
+                return _loss(out.logits, targets)
+
+        gradient = vmap(grad(loss_of))
+
+        def step() -> None:
+            gradients = gradient(parameters, *next(rows))
+            for name, parameter in parameters.items():
+                # Contiguous: the fused update goes through memory in order, whatever the layout of a gradient.
+                parameter.grad = gradients[name].detach().contiguous()
+            optimizer.step()
+
+        return Ready(step, _wait, members * batch_size, peak_bytes=lambda: _peak_since(before))
+
+    return Contender(
+        kind="ensemble",
+        side="peers",
+        label=f"PyTorch torch.func ensemble of {members}, batch {batch_size}",
+        batch_size=batch_size,
+        members=members,
+        set_up=_with_torch(set_up),
+        facts={"optimizer": "adamw", "attention": "written out", "precision": precision, "threads": usable_cores()},
+    )
+
+
+def flax_loop(world: World, batch_size: int) -> Contender:
+    """Our decoder as one would train it alone: a jitted step, a dispatch each, batches from a loader on the host."""
+
+    def set_up() -> Ready:
+        (group,) = make_groups(world.members[:1])
+        decoder, shape = make_decoder(group), group.shape
+        loader = host_batches(shape, world.rules, batch_size)
+        optimizer = optax.adamw(1e-3, weight_decay=0.0)
+        padding_B = jnp.zeros(batch_size, jnp.int32)
+
+        def loss_of(params: Any, tokens_BxT: jax.Array) -> jax.Array:
+            logits: Any = decoder.apply(params, tokens_BxT[:, :-1], padding_B)
+            targets = tokens_BxT[:, shape.prompt :]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return losses.mean(where=targets != PAD)
+
+        def train_step(params: Any, state: Any, tokens_BxT: jax.Array) -> tuple[Any, Any]:
+            updates, state = optimizer.update(jax.grad(loss_of)(params, tokens_BxT), state, params)
+            return optax.apply_updates(params, updates), state
+
+        program = jax.jit(train_step, donate_argnums=(0, 1))
+        first = next(loader)
+        params = jax.jit(decoder.init)(stream_key(INIT_STREAM, 0), jnp.asarray(first[:, :-1]), padding_B)
+        current = (params, optimizer.init(params))
+
+        def step() -> None:
+            nonlocal current
+            current = program(*current, next(loader))
+
+        return Ready(step, lambda: jax.block_until_ready(current), batch_size)
+
+    return Contender(
+        kind="flax_loop",
+        side="peers",
+        label=f"plain Flax loop, batches made on the host, batch {batch_size}",
+        batch_size=batch_size,
+        members=1,
+        set_up=set_up,
+        facts={"optimizer": "adamw", "precision": world.setting.precision, "devices": 1},
+    )
+
+
+def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterator[np.ndarray]:
+    """Rows int32 [B, T] for ever, made by vectorised numpy: random rules, each planted once in random letters.
+
+    Raises NotRun where rows differ in length.
+    """
+    P, R, L = shape.pattern, shape.replacement, shape.input
+    if shape.ragged or R == 0:
+        raise NotRun("not run: its loader makes rows of one length only")
+    rng = np.random.default_rng(0)
+    separator = np.full((batch_size, 1), SEPARATOR)
+    # Where each letter of an answer comes from, if the pattern starts at 0: the replacement, or the input after it.
+    place = np.arange(L - P + R)
+    while True:
+        chosen = rng.integers(len(rules), size=batch_size)
+        patterns, replacements = rules.patterns[chosen], rules.replacements[chosen]
+        inputs = rng.integers(shape.alphabet_size, size=(batch_size, L), dtype=np.uint8)
+        planted = rng.integers(L - P + 1, size=(batch_size, 1))
+        np.put_along_axis(inputs, planted + np.arange(P), patterns, axis=1)
+        windows = np.lib.stride_tricks.sliding_window_view(inputs, P, axis=1)
+        leftmost = (windows == patterns[:, None]).all(-1).argmax(1)[:, None]
+        kept = np.where(place < leftmost, place, np.maximum(place - R + P, 0))
+        written = place - leftmost
+        answers = np.where(
+            (written >= 0) & (written < R),
+            np.take_along_axis(replacements, np.clip(written, 0, R - 1), axis=1),
+            np.take_along_axis(inputs, kept, axis=1),
+        )
+        parts = [patterns, replacements, inputs, answers]
+        letters = [part.astype(np.int32) + FIRST_LETTER for part in parts]
+        end = np.full((batch_size, 1), END)
+        rows = [column for part in letters[:3] for column in (part, separator)] + [letters[3], end]
+        padding = np.full((batch_size, shape.answer - len(place)), PAD)
+        yield np.concatenate([*rows, padding], axis=1, dtype=np.int32)
+
+
+def _with_torch(set_up: Callable[[], Ready]) -> Callable[[], Ready]:
+    """A set-up that says what to install where PyTorch, or its support of this machine's device, is missing."""
+
+    def checked() -> Ready:
+        absent = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+        if absent:
+            raise NotRun(f"missing: pip install {' '.join(absent)}")
+        import torch
+
+        if _device() not in ("cpu", "cuda") or (_device() == "cuda" and not torch.cuda.is_available()):
+            raise NotRun(f"missing: a PyTorch that can use this machine's {jax.default_backend()}")
+        torch.set_num_threads(usable_cores())
+        if _device() == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return set_up()
+
+    return checked
+
+
+def _device() -> str:
+    """Where PyTorch works: on what JAX works on."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def _wait() -> None:
+    if _device() == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _allocated() -> int:
+    import torch
+
+    return torch.cuda.memory_allocated() if _device() == "cuda" else 0
+
+
+def _peak_since(before: int) -> int | None:
+    """The most that PyTorch has had since its set-up, beyond what others had then; None on CPU, where nothing tells."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() - before if _device() == "cuda" else None
+
+
+def _gpt2_config(world: World, attention: str) -> Any:
+    """The setting's shape; its activation, too: where ours is cheaper than GPT-2's, so is theirs."""
+    from transformers import GPT2Config
+
+    setting = world.setting
+    (group,) = make_groups(world.members[:1])
+    decoder = make_decoder(group)
+    make: Any = GPT2Config
+    return make(
+        vocab_size=decoder.vocabulary_size,
+        n_positions=decoder.sequence,
+        n_embd=setting.width,
+        n_layer=setting.layers,
+        n_head=setting.heads,
+        n_inner=setting.mlp_ratio * setting.width,
+        activation_function={"gelu": "gelu_new", "relu": "relu"}[setting.activation],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=END,
+        eos_token_id=END,
+        attn_implementation=attention,
+    )
+
+
+def _batches(world: World, batch_size: int) -> list[tuple[Any, Any]]:
+    """Inputs and targets int64 [B, T - 1] on the device; targets are -100 where there is no loss, as usual there."""
+    import torch
+
+    tokens, mask = world.rows(_BATCHES * batch_size)
+    targets = tokens[:, 1:].copy()
+    answer = targets[:, -mask.shape[1] :]  # a view
+    answer[~mask] = -100
+    targets[:, : -mask.shape[1]] = -100
+    inputs, targets = (
+        torch.from_numpy(part.astype(np.int64)).to(_device()).split(batch_size) for part in (tokens[:, :-1], targets)
+    )
+    return list(zip(inputs, targets, strict=True))
+
+
+def _loss(logits: Any, targets: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
