@@ -49,10 +49,11 @@ from instrdiv.launcher import (
     start,
     use_cpu_cores,
 )
+from instrdiv.model import ATTENTION
 from instrdiv.presets import BASES, DEV_TESTS
 from instrdiv.probing import peak_device_bytes
 from instrdiv.progress import telling
-from instrdiv.settings import BadInput, Setting
+from instrdiv.settings import BadInput, Member, Setting
 from instrdiv.sweep import Options
 from tools import contenders, machine, peers, startup, targets
 from tools.contenders import World
@@ -97,19 +98,24 @@ _SET_UP_SECONDS = 45.0
 
 
 def line_up(
-    world: World, batch_sizes: Sequence[int], blocks: Sequence[int], peer_batch_sizes: Sequence[int]
+    world: World,
+    batch_sizes: Sequence[int],
+    blocks: Sequence[int],
+    attentions: Sequence[str],
+    peer_batch_sizes: Sequence[int],
 ) -> list[Contender]:
     """All contenders, the most important first: where time is short, the last ones are not run."""
     on_cpu, optimizer = jax.default_backend() == "cpu", world.setting.optimizer
 
-    def ours(batch_size: int, block: int, optimizer: str) -> Contender:
-        return contenders.population(world, batch_size, optimizer, block, devices_for(world, block))
+    def ours(batch_size: int, block: int, optimizer: str, attention: str = attentions[0]) -> Contender:
+        return contenders.population(world, batch_size, optimizer, block, devices_for(world, block), attention)
 
     def gpt2(mode: str, precision: str) -> list[Contender]:
         return [peers.gpt2(world, batch_size, precision, mode) for batch_size in peer_batch_sizes]
 
     first, *others = [ours(batch_size, block, optimizer) for batch_size in batch_sizes for block in blocks]
     batch_size, block = batch_sizes[0], blocks[0]
+    others = [ours(batch_size, block, optimizer, attention) for attention in attentions[1:]] + others
     compiled, *more_compiled = gpt2("compiled", "float32" if on_cpu else "bfloat16")
     eager, *more_eager = gpt2("eager", "float32")
     eager_bf16 = [] if on_cpu else gpt2("eager", "bfloat16")
@@ -118,8 +124,8 @@ def line_up(
     return [
         *(first, compiled, eager, contenders.one_at_a_time(world, batch_size, optimizer)),
         contenders.sampling(world, batch_size, block, devices_for(world, block)),
-        *more_compiled,
         *others,
+        *more_compiled,
         *(ours(batch_size, block, name) for name in as_peers),
         contenders.evaluation(
             world, block, devices_for(world, block), DEV_TESTS[FLAGS.preset], SIZES[FLAGS.preset].tests
@@ -145,6 +151,18 @@ def likely_blocks(world: World) -> list[int]:
     if jax.default_backend() == "cpu":
         return [guess]
     return list(dict.fromkeys((guess, max(1, guess // 2), min(2 * guess, len(world.members)))))
+
+
+def likely_attentions(setting: Setting) -> list[str]:
+    """Ways to compute attention that this machine has, for this setting."""
+    found = []
+    for attention in ATTENTION:
+        try:
+            Options(attention=attention).resolve([Member(setting, 0)])
+            found.append(attention)
+        except BadInput:
+            continue
+    return found
 
 
 def devices_for(world: World, block: int) -> int:
@@ -232,7 +250,10 @@ def benchmark() -> None:
     members, peer_batch_sizes = FLAGS.members or members, FLAGS.peer_batch_sizes or peer_batch_sizes
     world = World(setting, members, seconds())
     blocks = FLAGS.members_per_vmap or likely_blocks(world)
-    line = line_up(world, batch_sizes, blocks, peer_batch_sizes)
+    attentions = FLAGS.attention or likely_attentions(setting)
+    for attention in attentions:
+        Options(attention=attention).resolve(world.members)  # can it be? asked before anything is compiled
+    line = line_up(world, batch_sizes, blocks, attentions, peer_batch_sizes)
     line = [contender for contender in line if not FLAGS.only or contender.kind in FLAGS.only]
     if not line:
         raise BadInput(f"--only={','.join(FLAGS.only)}: none of these is measured on {jax.default_backend()}")
@@ -275,6 +296,8 @@ if __name__ == "__main__":
     define_setting_flags({"batch_size"})
     flags.DEFINE(whole, "members", None, "that are trained together (default: the preset's)")
     flags.DEFINE(ListParser(whole), "members_per_vmap", None, "blocks of ours, a list (default: 1 on CPU, else a few)")
+    kernels = ListParser(flags.EnumParser(list(ATTENTION)))
+    flags.DEFINE(kernels, "attention", None, f"of ours, a list of {', '.join(ATTENTION)} (default: what there is)")
     flags.DEFINE(ListParser(whole), "peer_batch_sizes", None, "of PyTorch's models, a list (default: the preset's)")
     flags.DEFINE(NumberParser(float, low=0), "seconds", None, "that a sample takes, about (default: the preset's)")
     flags.DEFINE(whole, "rounds", None, "samples of each contender (default: the preset's)")

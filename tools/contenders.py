@@ -29,7 +29,7 @@ from instrdiv.population import (
     training_example,
 )
 from instrdiv.presets import PAPER
-from instrdiv.probing import peak_device_bytes
+from instrdiv.probing import peak_device_bytes, program_bytes
 from instrdiv.rewriting.alphabet import PAD
 from instrdiv.rewriting.rules import RuleTable
 from instrdiv.settings import Member, Setting
@@ -80,27 +80,43 @@ class World:
         batch = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, data, i)))(index)
         return np.asarray(batch.tokens), np.asarray(batch.loss_mask)
 
-    def trainer(self, members: int, batch_size: int, optimizer: str, members_per_vmap: int, devices: int) -> Trainer:
+    def trainer(
+        self,
+        members: int,
+        batch_size: int,
+        optimizer: str,
+        members_per_vmap: int,
+        devices: int,
+        attention: str = "plain",
+    ) -> Trainer:
         """A trainer whose chunks take about half as long as a sample, and have no more steps than a run's."""
         setting = dataclasses.replace(self.setting, batch_size=batch_size, optimizer=optimizer)
         step_seconds = members * batch_size * self.flops / (REACHED_FLOPS[jax.default_backend()] * devices)
         steps = max(1, min(setting.chunk_steps, int(self.seconds / 2 / step_seconds)))
         setting = dataclasses.replace(setting, reports=max(setting.reports, -(-setting.steps // steps)))
-        (group,) = make_groups(self.members_of(setting, members))
+        (group,) = make_groups(self.members_of(setting, members), attention=attention)
         return Trainer(group, self.pools, make_mesh(devices), members_per_vmap)
 
 
-def population(world: World, batch_size: int, optimizer: str, members_per_vmap: int, devices: int) -> Contender:
+def population(
+    world: World, batch_size: int, optimizer: str, members_per_vmap: int, devices: int, attention: str = "plain"
+) -> Contender:
     """All members together, as a run trains them."""
     members = len(world.members)
+    kernel = "" if attention == "plain" else f", {attention} attention"
     return Contender(
         kind="population",
         side="ours",
-        label=f"ours: {members} members together, {optimizer}, batch {batch_size}{_blocks(members_per_vmap)}",
+        label=f"ours: {members} members together, {optimizer}, batch {batch_size}{_blocks(members_per_vmap)}{kernel}",
         batch_size=batch_size,
         members=members,
-        set_up=lambda: _train(world.trainer(members, batch_size, optimizer, members_per_vmap, devices)),
-        facts={"optimizer": optimizer, "members_per_vmap": members_per_vmap, "devices": devices},
+        set_up=lambda: _train(world.trainer(members, batch_size, optimizer, members_per_vmap, devices, attention)),
+        facts={
+            "optimizer": optimizer,
+            "members_per_vmap": members_per_vmap,
+            "devices": devices,
+            "attention": attention,
+        },
     )
 
 
@@ -232,10 +248,3 @@ def _compile(program: Any, *arguments: Any) -> tuple[Any, float]:
     jax.block_until_ready(arguments)
     started = time.perf_counter()
     return program.lower(*arguments).compile(), time.perf_counter() - started
-
-
-def program_bytes(program: Any) -> int:
-    """What a compiled program needs on one device: arguments, results and temporaries, by the compiler's account."""
-    memory = program.memory_analysis()
-    return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
