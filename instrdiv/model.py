@@ -163,18 +163,23 @@ def attend(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mas
 
 def _attend(q, k, v, mask):
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshk->bthk", weights, v), (q, k, v, weights)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
+    # Or XLA would rather keep the float32 that they are computed from.
+    weights = jax.lax.optimization_barrier(weights.astype(v.dtype))
+    attended = jnp.einsum("bhts,bshk->bthk", weights, v)
+    return attended, (q, k, v, weights, attended)
 
 
-def _attend_gradient(known, gradient_BxTxHxK):
-    q, k, v, weights = known
-    for_weights = jnp.einsum("bthk,bshk->bhts", gradient_BxTxHxK, v, preferred_element_type=jnp.float32)
-    for_scores = weights * (for_weights - (weights * for_weights).sum(-1, keepdims=True))
+def _attend_gradient(known, upstream):
+    q, k, v, weights, attended = known
+    for_weights = jnp.einsum("bthk,bshk->bhts", upstream, v, preferred_element_type=jnp.float32)
+    # What a softmax subtracts, (weights * for_weights).sum(-1), without a pass over T x S: as flash attention has it.
+    mean_BxTxHx1 = (upstream.astype(jnp.float32) * attended).sum(-1, keepdims=True)
+    for_scores = weights * (for_weights - mean_BxTxHx1.transpose(0, 2, 1, 3))
     for_scores = (for_scores * q.shape[-1] ** -0.5).astype(q.dtype)
     for_q = jnp.einsum("bhts,bshk->bthk", for_scores, k)
     for_k = jnp.einsum("bhts,bthk->bshk", for_scores, q)
-    return for_q, for_k, jnp.einsum("bhts,bthk->bshk", weights, gradient_BxTxHxK), None
+    return for_q, for_k, jnp.einsum("bhts,bthk->bshk", weights, upstream), None
 
 
 attend.defvjp(_attend, _attend_gradient)
