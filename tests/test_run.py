@@ -124,7 +124,7 @@ def test_a_family_too_small_leaves_nothing_behind(tmp_path):
     [
         (Options(devices=9), "--devices=9: this machine has 8"),
         (Options(devices=2, data_parallel=3), "--data_parallel=3: must divide --devices=2"),
-        (Options(data_parallel=5), "--data_parallel=5: must divide the 8 devices of this machine"),
+        (Options(data_parallel=9), "--data_parallel=9: must divide the 8 devices of this machine"),
         (Options(data_parallel=0), "--data_parallel=0: must be at least 1"),
         (Options(members_per_vmap=0), "--members_per_vmap=0: must be at least 1"),
     ],
