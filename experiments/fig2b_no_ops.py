@@ -43,7 +43,7 @@ PRESETS = {
     "laptop": Preset(
         LAPTOP,
         {"no_op_fraction": (0.1, 0.3, 0.5), "instructions": (64, 128, 256, 512, 4096)},
-        seeds_at={128: 5, 256: 5, 512: 5},
+        seeds_at={64: 5, 128: 5, 256: 5, 512: 5},
         dev_tests=DEV_TESTS["laptop"],
         tests=2_000,
     ),
