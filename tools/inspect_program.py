@@ -36,6 +36,7 @@ from instrdiv.launcher import (
     start,
     use_cpu_cores,
 )
+from instrdiv.model import ATTENTION
 from instrdiv.planning import flops_per_example, in_bytes
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
 from instrdiv.presets import BASES
@@ -210,15 +211,17 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "" if found["collectives"] else "no collectives"]).rstrip()
 
 
-def group_of(setting: Setting, members: int) -> Group:
+def group_of(setting: Setting, members: int, attention: str = "plain") -> Group:
     setting.validate()
-    (group,) = make_groups([Member(setting, seed) for seed in range(members)])
+    (group,) = make_groups([Member(setting, seed) for seed in range(members)], attention=attention)
     return group
 
 
 def main() -> None:
     setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
-    group = group_of(setting, FLAGS.members)
+    group = group_of(setting, FLAGS.members, FLAGS.attention)
+    if FLAGS.attention == "cudnn" and not (FLAGS.target.startswith("cuda") and setting.precision == "bfloat16"):
+        raise BadInput("--attention=cudnn: needs --target=cuda:FILE and --config.precision=bfloat16")
     if FLAGS.devices % FLAGS.data_parallel or setting.batch_size % FLAGS.data_parallel:
         raise BadInput(
             f"--data_parallel={FLAGS.data_parallel}: must divide --devices={FLAGS.devices} "
@@ -228,7 +231,7 @@ def main() -> None:
     if len(available) < FLAGS.devices:
         raise BadInput(f"--devices={FLAGS.devices}: --target={FLAGS.target} has {len(available)}")
     found = inspect(group, FLAGS.members_per_vmap, FLAGS.devices, FLAGS.data_parallel, available, options)
-    names = ("preset", "members", "devices", "data_parallel", "members_per_vmap", "target")
+    names = ("preset", "members", "devices", "data_parallel", "members_per_vmap", "attention", "target")
     asked = {name: FLAGS[name].value for name in names}
     found = {**asked, "device": available[0].device_kind, "jax": jax.__version__, "compiler_options": options,
              "setting": setting.as_row(), **found}  # fmt: skip
@@ -245,6 +248,7 @@ if __name__ == "__main__":
     flags.DEFINE(NumberParser(int, low=1, high=256), "devices", 1, "devices to compile for")
     flags.DEFINE(whole, "data_parallel", 1, "devices that share one member's batch")
     flags.DEFINE(whole, "members_per_vmap", 1, "members that are vectorised together")
+    flags.DEFINE_enum("attention", "plain", ATTENTION, "how attention is computed")
     flags.DEFINE(NameParser(), "target", "here", "machine: here, cuda:FILE or tpu:TOPOLOGY")
     flags.DEFINE(NameParser(), "out", None, "where to write everything as JSON (default: nowhere)")
     start(main)
