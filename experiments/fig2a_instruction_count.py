@@ -8,7 +8,7 @@ The number of instructions I varies; the number of examples N = I * S does not.
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     5 minutes       a step between I = 128 and 512; unseen below 0.1 under it, 0.95 and more at
+laptop   two CPU cores     3 minutes       a step between I = 128 and 512; unseen below 0.1 under it, 0.95 and more at
                                            I = 16,384; verdict "reproduced" (measured: results/laptop/)
 gpu      one H200          25-45 minutes   not run: time and recipe are extrapolated
 paper    one H200          20-35 hours     not run: time is extrapolated; reported by the papers: about 0 up to I = 300,

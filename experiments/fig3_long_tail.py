@@ -12,7 +12,7 @@ I and shape, that way of counting is enough to know. ``figure.csv`` has the erro
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     10 minutes      I = 512 collapses below shape 0.2, I = 8,192 holds at every shape
+laptop   two CPU cores     5 minutes       I = 512 collapses below shape 0.2, I = 8,192 holds at every shape
                                            (measured: results/laptop/)
 gpu      one H200          25-40 minutes   not run: time and recipe are extrapolated
 paper    one H200          1-2 days        not run: time is extrapolated; reported by the papers: I = 1,000 collapses

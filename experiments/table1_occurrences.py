@@ -11,7 +11,7 @@ pattern 5, so that 20 fit.
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     10 minutes      1, 2 and 3 occurrences in 12 letters: the mixture beats each of them
+laptop   two CPU cores     6 minutes       1, 2 and 3 occurrences in 12 letters: the mixture beats each of them
                                            (measured: results/laptop/)
 gpu      one H200          40-70 minutes   not run: time and recipe are extrapolated
 paper    one H200          3-5 days        not run: time is extrapolated; reported by the paper: the mixture beats any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,9 @@ def new_figure(width: float, height: float, title: str | None = None):
 def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str) -> None:
     """Adds the caption, with ``notes`` as lines of its own, and writes ``.png`` and ``.pdf``, byte-identical for
     identical tables; without a path, writes nothing."""
-    text = "\n".join([caption(results), *notes])
+    letters = int(15 * figure.get_figwidth())  # that fit into a line
+    lines = [line for part in (caption(results), *notes) for line in part.splitlines()]
+    text = "\n".join(textwrap.fill(line, letters) for line in lines)
     figure.supxlabel(text, fontsize=8.5, color="#444444", x=0.02, ha="left")
     if path_stem is not None:
         figure.savefig(path_stem.with_suffix(".png"), dpi=150, metadata={"Software": None})

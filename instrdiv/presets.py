@@ -1,7 +1,7 @@
 """Base settings of the presets, shared by all launchers: how large a world, how large a model, how long.
 
 - ``smoke``: everything runs, nothing is learned; half a minute on two CPU cores.
-- ``laptop``: a world small enough that two CPU cores show the phenomenon in five minutes (measured, figure 2a).
+- ``laptop``: a world small enough that two CPU cores show the phenomenon in three minutes (measured, figure 2a).
 - ``gpu``: the papers' strings and model, with a budget of 25 to 45 minutes on one H200 (extrapolated, not run).
 - ``paper``: the papers' full budget (P2, arXiv 2410.04717, section 3.1 and appendix B); a day or two on one H200
   (extrapolated, not run).
