@@ -127,11 +127,32 @@ def test_a_family_too_small_leaves_nothing_behind(tmp_path):
         (Options(data_parallel=9), "--data_parallel=9: must divide the 8 devices of this machine"),
         (Options(data_parallel=0), "--data_parallel=0: must be at least 1"),
         (Options(members_per_vmap=0), "--members_per_vmap=0: must be at least 1"),
+        (Options(attention="flash"), "--attention=flash: must be one of plain, cudnn"),
+        (Options(attention="cudnn"), "--attention=cudnn: needs an NVIDIA GPU; here is cpu"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, why):
     with pytest.raises(BadInput, match=why):
         plan(sweep(), options)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({}, "--attention=cudnn: needs --config.precision=bfloat16"),
+        ({"precision": "bfloat16", "input_length_min": 4}, "--attention=cudnn: needs strings of one length each"),
+        ({"precision": "bfloat16", "width": 24, "heads": 6}, "--attention=cudnn: needs heads of size 8, 16, … or 128"),
+        ({"precision": "bfloat16"}, None),
+    ],
+)
+def test_what_one_kernel_for_attention_cannot_do_is_refused_on_a_gpu_too(change, why, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    options, population = Options(attention="cudnn", members_per_vmap=1), [Member(tiny(**change), 0)]
+    if why is None:
+        assert options.resolve(population).attention == "cudnn"
+        return
+    with pytest.raises(BadInput, match=why):
+        options.resolve(population)
 
 
 def test_a_layout_that_was_left_open_is_kept(finished, tmp_path):

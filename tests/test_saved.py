@@ -183,6 +183,27 @@ def test_an_edited_layout_is_followed(whole, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-4)
 
 
+def test_a_run_older_than_a_way_to_compute_attention_goes_on(whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["cohorts"][0].pop("attention") == "plain"
+    (path / "config.json").write_text(json.dumps(config))
+    run(sweep(), path, **EVERY_CHUNK)
+    assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_run_on_a_kernel_that_this_machine_lacks_is_one_line(whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    (path / "results.csv").unlink()
+    config = json.loads((path / "config.json").read_text())
+    config["cohorts"][0]["attention"] = "cudnn"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="--attention=cudnn: needs an NVIDIA GPU; here is cpu"):
+        run(sweep(), path, Options(), progress=False)
+
+
 def test_fewer_devices_than_the_run_was_laid_out_on_are_one_line(whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
