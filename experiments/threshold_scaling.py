@@ -16,8 +16,8 @@ for the number of comparisons), and the exponent of a power law through the leve
 
 preset   hardware          time                  expect
 smoke    two CPU cores     a minute              nothing: it only has to run
-laptop   two CPU cores     6 minutes a factor    more epochs lower the threshold; width and the number of examples do
-                                                 not (measured for four factors: results/laptop/; the others: not run)
+laptop   two CPU cores     6 minutes a factor    one epoch raises it; width, depth and the number of examples show
+                                                 nothing (measured: results/laptop/; the other factors: not run)
 gpu      one H200          an hour a factor      not run: time and recipe are extrapolated
 paper    one H200          a day or two a factor not run: time is extrapolated; the papers report one threshold only
 """
