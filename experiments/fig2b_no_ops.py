@@ -12,7 +12,7 @@ has-ops.
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     7 minutes       the step of figure 2a at every share; three of the five shares
+laptop   two CPU cores     8 minutes       the step of figure 2a at every share; three of the five shares
                                            (measured: results/laptop/)
 gpu      one H200          25-50 minutes   not run: time and recipe are extrapolated
 paper    one H200          2-4 days        not run: time is extrapolated; reported by the papers: generalises from about

@@ -94,17 +94,20 @@ def _replace_damaged(directory: Path) -> None:
     be compiled anew, with a warning, at every launch. Removed when it is read, it is written again in this launch.
     """
     show = warnings.showwarning
+    if getattr(show, "removes_from", None) == directory:  # called before
+        return
 
     def remove_or_show(message, *args, **kwargs):
-        named = re.match(r"Error (?:read|writ)ing persistent compilation cache entry for '(\w+)'", str(message))
+        named = re.match(r"Error (?:read|writ)ing persistent compilation cache entry for '([\w-]+)'", str(message))
         if not named:
             return show(message, *args, **kwargs)
-        for entry in directory.glob(f"{named[1]}-*"):  # of this name; the others are only compiled once more
+        for entry in directory.glob(f"{named[1]}*"):  # of this name; the others are only compiled once more
             try:
                 entry.unlink(missing_ok=True)
             except OSError:
                 break
 
+    remove_or_show.removes_from = directory  # type: ignore[attr-defined]
     warnings.showwarning = remove_or_show
     # Python shows a warning once, but a program of one name may have several entries.
     warnings.filterwarnings("always", message="Error (read|writ)ing persistent compilation cache entry")

@@ -156,7 +156,8 @@ def attend(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mas
 
     Written out because sequences are short: XLA's CPU backend runs this form, with its gradient, a quarter faster than
     ``jax.nn.dot_product_attention``. With a gradient of its own, which keeps the weights, and multiplies, in the
-    precision of the inputs: the one that JAX derives has arrays of T x S in float32 instead.
+    precision of the inputs: the one that JAX derives has arrays of T x S in float32 instead. (A query without any key,
+    as in the padding of a row, has no meaningful gradient: nothing reads what it attends to.)
     """
     return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask_BxTxS)[0]
 

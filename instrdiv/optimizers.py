@@ -22,7 +22,8 @@ def make_optimizer(
     norms and biases not).
 
     Muon is assembled from optax's parts, but for ``orthogonalise``: ``optax.contrib.muon`` would decay norms and
-    biases, too, and takes one matrix after another (see docs/performance.md).
+    biases, too, and takes one matrix after another (see docs/performance.md). Its momentum is Nesterov's without the
+    correction of the first steps' bias, as Muon first had it; its scale does not matter, being orthogonalised away.
     """
     clip = optax.clip_by_global_norm(config.clip)
 

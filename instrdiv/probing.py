@@ -93,7 +93,7 @@ def forecast(
     started = time.monotonic()
     options = options.resolve(sweep.members)
     pools = RulePools(sweep.members)
-    groups = make_groups(sweep.members, attention=options.attention)
+    groups = make_groups(sweep.members, attention=options.attention or "plain")
     plans = make_plan(groups, options, sweep.dev_tests, sweep.tests).groups
     probed: dict[int, _GroupForecast] = {}
     for place in sorted(range(len(groups)), key=lambda place: -plans[place].compute_flops):
@@ -167,13 +167,18 @@ def choose_block(
 
     Raises BadInput where the layout cannot be, or not even one member at a time fits.
     """
-    groups = make_groups(members, attention=options.attention)
+    groups = make_groups(members, attention=options.attention or "plain")
+
+    def arithmetic(place: int) -> float:
+        group = groups[place]
+        return flops_per_example(group) * group.config.steps * group.config.batch_size * len(group.members)
+
+    place = max(range(len(groups)), key=arithmetic)
     rates: dict[int, float] = {}
     too_large = ""
     for size in _block_sizes(max(len(group.members) for group in groups), options):
         layout = dataclasses.replace(options, members_per_vmap=size).resolve(members)
         plans = make_plan(groups, layout, 1, 1).groups
-        place = max(range(len(groups)), key=lambda place: plans[place].compute_flops)
         say(f"probing group {groups[place].name}: {size} member(s) at a time")
         try:
             scale = max(plan.device_bytes for plan in plans) / plans[place].device_bytes
@@ -285,10 +290,6 @@ def _block_rate(group: Group, layout: Options, pools: RulePools, scale: float) -
     # The same number of steps whatever the block; where the chunk is no longer, this is the very program of the run.
     guess = flops_per_example(group) * config.batch_size * members / layout.devices
     steps = max(1, min(config.chunk_steps, int(_SECONDS * REACHED_FLOPS[jax.default_backend()] / guess)))
-    program = _compile_at_full_shape(group, pools, mesh, block, steps)
-    needed, limit = scale * program_bytes(program), _device_bytes()
-    if limit is not None and needed > limit:
-        raise _TooLarge(f"{in_bytes(needed)} of {in_bytes(limit)} a device")
 
     # Not zeros: a GPU multiplies those faster than other numbers.
     def make_state():
@@ -299,6 +300,10 @@ def _block_rate(group: Group, layout: Options, pools: RulePools, scale: float) -
         )
 
     try:
+        program = _compile_at_full_shape(group, pools, mesh, block, steps)
+        needed, limit = scale * program_bytes(program), _device_bytes()
+        if limit is not None and needed > limit:
+            raise _TooLarge(f"{in_bytes(needed)} of {in_bytes(limit)} a device")
         state = jax.jit(make_state, out_shardings=NamedSharding(mesh, P("member")))()
         tables, data = stack_group(group, pools, size)
         tables, data = put(tables, mesh, P()), put(data, mesh, P("member"))

@@ -74,7 +74,7 @@ def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Options]]:
     """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
     groups: list[tuple[Group, Options]] = []
     for cohort in cohorts:
-        made = make_groups(cohort.members, len(groups), cohort.options.attention)
+        made = make_groups(cohort.members, len(groups), cohort.options.attention or "plain")
         groups += [(group, cohort.options) for group in made]
     return groups
 
@@ -216,6 +216,8 @@ class RunDirectory(SavedRun):
                            "choose another directory, or --overwrite to start anew")  # fmt: skip
         there_already = {member.id for member in run.sweep.members}
         new = tuple(member for member in sweep.members if member.id not in there_already)
+        # Members that come later are computed as those that are there, or a figure would mix two ways.
+        options = dataclasses.replace(options, attention=options.attention or run.cohorts[0].options.attention)
         return [*run.cohorts, Cohort(new, options.resolve(new))] if new else run.cohorts
 
     @classmethod

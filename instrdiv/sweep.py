@@ -76,13 +76,13 @@ class Options:
       devices: how many devices are used.
       data_parallel: devices that share one member's batch; divides ``devices``.
       members_per_vmap: members vectorised together, a *block*; the others follow one after another.
-      attention: how attention is computed, one of ``model.ATTENTION``.
+      attention: how attention is computed, one of ``model.ATTENTION``; by default plain.
     """
 
     devices: int | None = None
     data_parallel: int = 1
     members_per_vmap: int | None = None
-    attention: str = "plain"
+    attention: str | None = None
 
     @property
     def leaves_block_to_probe(self) -> bool:
@@ -112,7 +112,8 @@ class Options:
             if batch % self.data_parallel:
                 raise BadInput(f"--data_parallel={self.data_parallel}: must divide --config.batch_size={batch}")
 
-        if self.attention != "plain":
+        attention = self.attention or "plain"
+        if attention != "plain":
             self._check_attention({member.setting for member in members})
         largest = max(len(group.members) for group in make_groups(members))
         rows = (self.devices or available) // self.data_parallel
@@ -125,7 +126,7 @@ class Options:
             per_vmap = math.ceil(largest / (rows * blocks))
         if self.devices is None:
             rows = min(rows, math.ceil(largest / per_vmap))
-        return Options(rows * self.data_parallel, self.data_parallel, per_vmap, self.attention)
+        return Options(rows * self.data_parallel, self.data_parallel, per_vmap, attention)
 
     def _check_attention(self, settings: set[Setting]) -> None:
         if self.attention not in ATTENTION:

@@ -16,7 +16,7 @@ from instrdiv.interruption import Interrupted, StopRequest
 from instrdiv.population import RulePools
 from instrdiv.results import merge_table, read_cells, read_table
 from instrdiv.run import run
-from instrdiv.saved import SavedRun, devices_of
+from instrdiv.saved import RunDirectory, SavedRun, devices_of
 from instrdiv.settings import BadInput
 from instrdiv.sweep import Options, Sweep
 from tests.worlds import TINY, tiny
@@ -191,6 +191,19 @@ def test_a_run_older_than_a_way_to_compute_attention_goes_on(whole, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     run(sweep(), path, **EVERY_CHUNK)
     assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_members_that_come_later_are_computed_as_those_that_are_there(whole, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    config = json.loads((path / "config.json").read_text())
+    config["cohorts"][0]["attention"] = "cudnn"
+    (path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(Options, "_check_attention", lambda *args: None)
+    *_, cohort = RunDirectory.check(path, sweep(seeds=3), Options(), overwrite=False)
+    assert cohort.options.attention == "cudnn" and len(cohort.members) == 2
+    with pytest.raises(BadInput, match=r"attention .cudnn there, plain asked for."):
+        RunDirectory.check(path, sweep(), Options(attention="plain"), overwrite=False)
 
 
 def test_a_run_on_a_kernel_that_this_machine_lacks_is_one_line(whole, tmp_path):

@@ -122,7 +122,7 @@ def line_up(
     graphs = [] if on_cpu else gpt2("graphs", "bfloat16")
     as_peers = [] if optimizer == "adamw" else ["adamw"]
     return [
-        *(first, compiled, eager, contenders.one_at_a_time(world, batch_size, optimizer)),
+        *(first, compiled, *graphs[:1], eager, contenders.one_at_a_time(world, batch_size, optimizer)),
         contenders.sampling(world, batch_size, block, devices_for(world, block)),
         *others,
         *more_compiled,
@@ -130,7 +130,6 @@ def line_up(
         contenders.evaluation(
             world, block, devices_for(world, block), DEV_TESTS[FLAGS.preset], SIZES[FLAGS.preset].tests
         ),
-        *graphs[:1],
         peers.ensemble(world, peer_batch_sizes[0]),
         peers.flax_loop(world, batch_size),
         *eager_bf16[:1],
@@ -236,7 +235,7 @@ def benchmark() -> None:
     use_cpu_cores()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
     on_cpu = jax.default_backend() == "cpu"
-    kept = 2 * _SET_UP_SECONDS * (FLAGS.memory + FLAGS.startup)  # for what comes after the contenders
+    kept = 2 * _SET_UP_SECONDS * FLAGS.startup  # for what comes after the contenders
     end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9)) - kept
 
     def time_left() -> float:
@@ -275,14 +274,14 @@ def benchmark() -> None:
             outcomes=[Outcome(contender) for contender in line],
         )
         record.write(folder)
+        if FLAGS.memory:  # first: the most that was in use is then its own
+            say("compiling 48 members of the papers' shape at batch 512")
+            record.memory = attempt(contenders.memory)
+            record.write(folder)
         set_up(record, folder, time_left, say)
         compete(record, folder, time_left, say)
         record.device_peak_bytes = peak_device_bytes()
         publish(record, folder)
-        if FLAGS.memory:
-            say("compiling 48 members of the papers' shape at batch 512")
-            record.memory = attempt(contenders.memory)
-            publish(record, folder)
         if FLAGS.startup:
             say("timing a launcher's first step, twice")
             record.startup = attempt(lambda: startup.measure(FLAGS.preset, setting.steps))

@@ -75,18 +75,23 @@ def _same(one: Setting, other: Setting, *names: str) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
+#: Fields that decide how much arithmetic a model does for a token.
+_SHAPE = (
+    *("layers", "width", "heads", "mlp_ratio", "activation", "norm", "biases"),
+    *("alphabet_size", "input_length", "pattern_length", "replacement_length"),
+)
+
+
 def _papers_shape(record: Record) -> bool:
-    names = ("layers", "width", "heads", "mlp_ratio", "alphabet_size", "input_length", "pattern_length")
-    return _same(record.setting, PAPER, *names)
+    return _same(record.setting, PAPER, *_SHAPE)
 
 
 def _papers(record: Record) -> bool:
-    return _papers_shape(record) and _same(record.setting, PAPER, "precision")
+    return _papers_shape(record) and _same(record.setting, PAPER, "precision", "optimizer")
 
 
 def _laptop(record: Record) -> bool:
-    names = ("layers", "width", "heads", "mlp_ratio", "alphabet_size", "input_length", "pattern_length", "batch_size")
-    return _same(record.setting, LAPTOP, *names) and record.members == 8
+    return _same(record.setting, LAPTOP, *_SHAPE, "precision", "batch_size") and record.members == 8
 
 
 def _on_h200(record: Record) -> bool:
@@ -119,6 +124,16 @@ def _times(kind: str, **facts: int | str) -> Callable[[Record], float]:
     def value(record: Record) -> float:
         ours, other = _ours(record), record.best(kind, **facts)
         return ratio(ours, other) if ours and other else math.nan
+
+    return value
+
+
+def _times_compiled(**facts: int | str) -> Callable[[Record], float]:
+    """Against the faster of compiled bfloat16 with and without CUDA graphs."""
+
+    def value(record: Record) -> float:
+        values = [_times(kind, **facts)(record) for kind in ("gpt2_compiled_bf16", "gpt2_graphs_bf16")]
+        return min((value for value in values if not math.isnan(value)), default=math.nan)
 
     return value
 
@@ -178,7 +193,7 @@ TARGETS = (
         goal=">= 3x",
         shape=_papers,
         place=_on_h200,
-        value=_times("gpt2_compiled_bf16", batch_size=64),
+        value=_times_compiled(batch_size=64),
         met=lambda value: value >= 3,
     ),
     Target(
@@ -187,7 +202,7 @@ TARGETS = (
         goal="> 1x",
         shape=_papers,
         place=_on_h200,
-        value=_times("gpt2_compiled_bf16"),
+        value=_times_compiled(),
         met=lambda value: value > 1,
     ),
     Target(
