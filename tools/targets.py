@@ -87,7 +87,12 @@ def _papers_shape(record: Record) -> bool:
 
 
 def _papers(record: Record) -> bool:
-    return _papers_shape(record) and _same(record.setting, PAPER, "precision", "optimizer")
+    return _papers_shape(record) and _same(record.setting, PAPER, "precision")
+
+
+def _papers_by_adamw(record: Record) -> bool:
+    """As the peers train."""
+    return _papers(record) and _same(record.setting, PAPER, "optimizer")
 
 
 def _laptop(record: Record) -> bool:
@@ -191,7 +196,7 @@ TARGETS = (
         what="the same against PyTorch GPT-2 compiled bf16, batch 64",
         where="one H200",
         goal=">= 3x",
-        shape=_papers,
+        shape=_papers_by_adamw,
         place=_on_h200,
         value=_times_compiled(batch_size=64),
         met=lambda value: value >= 3,
@@ -200,7 +205,7 @@ TARGETS = (
         what="the same against that at its best batch",
         where="one H200",
         goal="> 1x",
-        shape=_papers,
+        shape=_papers_by_adamw,
         place=_on_h200,
         value=_times_compiled(),
         met=lambda value: value > 1,
@@ -209,7 +214,7 @@ TARGETS = (
         what="the same against PyTorch eager fp32, batch 64",
         where="one H200",
         goal=">= 6x",
-        shape=_papers,
+        shape=_papers_by_adamw,
         place=_on_h200,
         value=_times("gpt2_eager_fp32", batch_size=64),
         met=lambda value: value >= 6,
