@@ -1,7 +1,7 @@
 """How fast is training, against what else one could do on this machine?
 
     python -m tools.benchmark --preset=laptop --startup --memory
-    python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --rounds=3
+    python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --seconds=6
     python -m tools.benchmark --preset=gpu --config.optimizer=adamw --memory
 
 Every speed that the documentation claims comes from here. Our trainer, PyTorch and others do the same work in turns, in
