@@ -1,0 +1,1 @@
+"""Pretrained models: Llama-family checkpoints, and populations of LoRA adapters over one frozen base."""
