@@ -91,14 +91,18 @@ class Figure:
     conditions: Callable[[Sequence[Setting]], list[Condition]] | None = None
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cpu_cores(devices: int | None = None) -> None:
     """Makes the CPU cores this process may use visible to JAX as devices (each then trains its own members).
 
     Call it before anything else uses JAX. Measured on two cores: 1.7 times the rate of one device with two threads.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", max(cores, devices or 1))
+        jax.config.update("jax_num_cpu_devices", max(usable_cores(), devices or 1))
 
 
 def launch(figure: Figure) -> None:

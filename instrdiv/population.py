@@ -142,7 +142,7 @@ class Group:
     attention: str = "plain"
 
 
-def make_groups(members: Sequence[Member], first: int = 0, attention: str = "plain") -> list[Group]:
+def make_groups(members: Sequence[Member], first: int = 0, attention: str | None = None) -> list[Group]:
     """Members by their static fields, in order of first appearance; named g0, g1, … or from ``first`` on."""
     by_config: dict[StaticFields, list[Member]] = {}
     for member in members:
@@ -150,7 +150,7 @@ def make_groups(members: Sequence[Member], first: int = 0, attention: str = "pla
     groups = []
     for number, (config, group) in enumerate(by_config.items(), first):
         shape = common_shape([member.setting.task_shape for member in group])
-        groups.append(Group(f"g{number}", config, shape, tuple(group), attention))
+        groups.append(Group(f"g{number}", config, shape, tuple(group), attention or "plain"))
     return groups
 
 

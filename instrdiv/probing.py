@@ -93,7 +93,7 @@ def forecast(
     started = time.monotonic()
     options = options.resolve(sweep.members)
     pools = RulePools(sweep.members)
-    groups = make_groups(sweep.members, attention=options.attention or "plain")
+    groups = make_groups(sweep.members, attention=options.attention)
     plans = make_plan(groups, options, sweep.dev_tests, sweep.tests).groups
     probed: dict[int, _GroupForecast] = {}
     for place in sorted(range(len(groups)), key=lambda place: -plans[place].compute_flops):
@@ -167,7 +167,7 @@ def choose_block(
 
     Raises BadInput where the layout cannot be, or not even one member at a time fits.
     """
-    groups = make_groups(members, attention=options.attention or "plain")
+    groups = make_groups(members, attention=options.attention)
 
     def arithmetic(place: int) -> float:
         group = groups[place]

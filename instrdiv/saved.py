@@ -74,7 +74,7 @@ def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Options]]:
     """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
     groups: list[tuple[Group, Options]] = []
     for cohort in cohorts:
-        made = make_groups(cohort.members, len(groups), cohort.options.attention or "plain")
+        made = make_groups(cohort.members, len(groups), cohort.options.attention)
         groups += [(group, cohort.options) for group in made]
     return groups
 

@@ -4,11 +4,11 @@
     python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --seconds=6
     python -m tools.benchmark --preset=gpu --config.optimizer=adamw --memory
 
-Every speed that the documentation claims comes from here. Our trainer, PyTorch and others do the same work in turns, in
-one process; medians are told with their extremes, next to what this machine's matrix products reach. What makes the
-comparison fair or not is said in ``tools/peers.py``. A peer that is not installed, or fails, is in the table with the
-reason. ``--memory`` compiles 48 members of the papers' shape, and on an accelerator runs them; ``--startup`` times a
-launcher's first step. Run it alone on the machine; the load before it began is in the JSON.
+What the documentation says of our speed against others comes from here. Our trainer, PyTorch and others do the same
+work in turns, in one process; medians are told with their extremes, next to what this machine's matrix products reach.
+What makes the comparison fair or not is said in ``tools/peers.py``. A peer that is not installed, or fails, is in the
+table with the reason. ``--memory`` compiles 48 members of the papers' shape, and on an accelerator runs them;
+``--startup`` times a launcher's first step. Run it alone on the machine; the load before it began is in the JSON.
 
 What is found goes to ``results/benchmark/<preset>-<device>/``: ``benchmark.json`` (the machine and every sample;
 rewritten as the run goes on), ``benchmark.csv``, ``benchmark.png``, and ``targets.md``: what was to be reached, and
@@ -16,7 +16,7 @@ whether it was.
 
 preset   hardware          time                      what it measures
 smoke    two CPU cores     a minute                  nothing: it only has to run
-laptop   two CPU cores     5 minutes (estimated)     the laptop presets of all figures
+laptop   two CPU cores     4 minutes (measured)      the laptop presets of all figures
 gpu      one H200          9 minutes (--minutes)     not run
 paper    two CPU cores     10 minutes (estimated)    the papers' shape where there is no accelerator, as above
 """
@@ -47,6 +47,7 @@ from instrdiv.launcher import (
     refuse_idle_flags,
     setting_flags,
     start,
+    usable_cores,
     use_cpu_cores,
 )
 from instrdiv.model import ATTENTION
@@ -245,7 +246,7 @@ def benchmark() -> None:
     size = SIZES[FLAGS.preset]
     members, peer_batch_sizes = size.members, size.peer_batch_sizes
     if on_cpu and FLAGS.preset in ("gpu", "paper"):
-        members, peer_batch_sizes = machine.usable_cores(), tuple({64: None, setting.batch_size: None})
+        members, peer_batch_sizes = usable_cores(), tuple({64: None, setting.batch_size: None})
     members, peer_batch_sizes = FLAGS.members or members, FLAGS.peer_batch_sizes or peer_batch_sizes
     world = World(setting, members, seconds())
     blocks = FLAGS.members_per_vmap or likely_blocks(world)

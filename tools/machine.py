@@ -16,16 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from instrdiv.launcher import usable_cores
 from instrdiv.population import make_mesh
 from instrdiv.results import provenance
 
 #: Seconds that each ceiling is measured for, and how often; the best counts.
 _SECONDS, _TRIES = 0.3, 3
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:

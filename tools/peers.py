@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from instrdiv.launcher import usable_cores
 from instrdiv.population import INIT_STREAM, make_groups, stream_key
 from instrdiv.rewriting.alphabet import END, FIRST_LETTER, PAD, SEPARATOR
 from instrdiv.rewriting.examples import TaskShape
 from instrdiv.rewriting.rules import RuleTable
 from instrdiv.training import make_decoder
 from tools.contenders import World
-from tools.machine import usable_cores
 from tools.measuring import Contender, NotRun, Ready
 
 #: Different batches that PyTorch trains on in turn.

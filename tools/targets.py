@@ -71,6 +71,10 @@ def markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: PyTorch's compiled GPT-2, without and with CUDA graphs.
+_COMPILED = ("gpt2_compiled_bf16", "gpt2_graphs_bf16")
+
+
 def _same(one: Setting, other: Setting, *names: str) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
@@ -123,21 +127,12 @@ def _million(record: Record, value: float) -> str:
     return f"{value / 1e6:.3g} million tokens/s, {record.share_of_ceiling(ours):.0%} of the matmul ceiling"
 
 
-def _times(kind: str, **facts: int | str) -> Callable[[Record], float]:
-    """How many times as fast ours is as the fastest outcome of this kind."""
+def _times(*kinds: str, **facts: int | str) -> Callable[[Record], float]:
+    """How many times as fast ours is as the fastest outcome of these kinds."""
 
     def value(record: Record) -> float:
-        ours, other = _ours(record), record.best(kind, **facts)
-        return ratio(ours, other) if ours and other else math.nan
-
-    return value
-
-
-def _times_compiled(**facts: int | str) -> Callable[[Record], float]:
-    """Against the faster of compiled bfloat16 with and without CUDA graphs."""
-
-    def value(record: Record) -> float:
-        values = [_times(kind, **facts)(record) for kind in ("gpt2_compiled_bf16", "gpt2_graphs_bf16")]
+        ours, others = _ours(record), [record.best(kind, **facts) for kind in kinds]
+        values = [ratio(ours, other) for other in others if ours and other]
         return min((value for value in values if not math.isnan(value)), default=math.nan)
 
     return value
@@ -145,12 +140,6 @@ def _times_compiled(**facts: int | str) -> Callable[[Record], float]:
 
 def _times_one_at_a_time(record: Record) -> float:
     return _times("one_at_a_time", optimizer=record.setting.optimizer)(record)
-
-
-def _times_pytorch(record: Record) -> float:
-    """Against the faster of eager and compiled float32."""
-    values = [_times(kind)(record) for kind in ("gpt2_eager_fp32", "gpt2_compiled_fp32")]
-    return min((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _sampling_share(record: Record) -> float:
@@ -198,7 +187,7 @@ TARGETS = (
         goal=">= 3x",
         shape=_papers_by_adamw,
         place=_on_h200,
-        value=_times_compiled(batch_size=64),
+        value=_times(*_COMPILED, batch_size=64),
         met=lambda value: value >= 3,
     ),
     Target(
@@ -207,7 +196,7 @@ TARGETS = (
         goal="> 1x",
         shape=_papers_by_adamw,
         place=_on_h200,
-        value=_times_compiled(),
+        value=_times(*_COMPILED),
         met=lambda value: value > 1,
     ),
     Target(
@@ -261,7 +250,7 @@ TARGETS = (
         goal=">= 1x",
         shape=_papers_shape,
         place=_on_two_cores,
-        value=_times_pytorch,
+        value=_times("gpt2_eager_fp32", "gpt2_compiled_fp32"),
         met=lambda value: value >= 1,
     ),
     Target(
