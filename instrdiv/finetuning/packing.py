@@ -1,8 +1,8 @@
 """Rows of text to the arrays that a model is trained on.
 
-A row becomes an ``Example``: its tokens, and which of them the loss is on. Examples are cut at a length and put into the
-rows of ``Packed``, several to a row where they fit; segments keep them from seeing each other, and positions restart,
-so that an example means the same packed or alone. Everything that is cut off or left out is counted in a ``Report``.
+A row becomes an ``Example``: its tokens, and which of them the loss is on. Examples are cut at a length and put into
+the rows of ``Packed``, several to a row where they fit; segments keep them from seeing each other, and positions
+restart, so that an example means the same packed or alone. What is cut off or left out is counted in a ``Report``.
 """
 
 from __future__ import annotations
@@ -126,6 +126,10 @@ def tokenise(rows: Iterable[Row], template: Template, tokenizer: Tokenizer) -> I
                 )
         tokens = _named_where(tokenizer, [[piece.text for piece in pieces] for pieces in texts], template.starts, batch)
         for row, pieces, ids in zip(batch, texts, tokens, strict=True):
+            if not ids[0]:
+                raise BadInput(
+                    f"{row.where}: the prompt is empty, and nothing predicts the first token of the response"
+                )
             mask = np.repeat([piece.loss for piece in pieces], [len(piece) for piece in ids])
             said = (row.system, row.prompt, row.response, *itertools.chain(*row.turns))
             special = any(tokenizer.special_pattern.search(text) for text in said)

@@ -8,6 +8,8 @@ from instrdiv.finetuning.tokenizer import Tokenizer
 from instrdiv.settings import BadInput
 from tests.finetuning.tiny import byte_level, sentencepiece_like
 
+pytest.importorskip("tokenizers")
+
 PLAIN = Row("Add {2} and 3.", "It is 5.", where="a.jsonl: line 1")
 ALL = Row("Add.", "5", input="2 and 3", system="Be brief.", turns=(("Why?", "So."),), where="a.jsonl: line 2")
 PREAMBLE = (

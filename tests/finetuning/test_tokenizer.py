@@ -6,6 +6,8 @@ from instrdiv.finetuning.tokenizer import Tokenizer, character_tokenizer, write_
 from instrdiv.settings import BadInput
 from tests.finetuning.tiny import byte_level, sentencepiece_like
 
+pytest.importorskip("tokenizers")
+
 TEXTS = [
     "The answer is 42, isn't it?",
     "",
