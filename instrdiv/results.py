@@ -137,14 +137,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class replacing:
-    """Context manager: a text file that takes its place when the block ends without an error."""
+    """Context manager: a file that takes its place when the block ends without an error; ``mode`` is "w" or "wb"."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, mode: str = "w"):
+        self.path, self.mode = Path(path), mode
 
     def __enter__(self):
+        encoding = None if "b" in self.mode else "utf-8"
         self.file = tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
+            self.mode, encoding=encoding, dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
         )
         return self.file
 
