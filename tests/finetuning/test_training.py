@@ -279,7 +279,7 @@ def test_a_shorter_last_chunk_ends_with_the_schedule():
 
 
 def test_ids_are_stable():
-    assert [member.id for member in MEMBERS] == ["a", "b", "c"]
+    assert [member.id for member in MEMBERS] == ["a713e3a1ab", "a25e25ef3a", "a75832f268"]
     assert AdapterMember(Lora(2, 4, ["v_proj", "q_proj"]), 3e-3, 1).id == MEMBERS[0].id
     assert len({member.id for member in (*MEMBERS, dataclasses.replace(MEMBERS[0], setting={"a": 1}))}) == 4
 
