@@ -384,8 +384,8 @@ class AdapterTrainer:
 
         self._by_member = NamedSharding(mesh, P("member"))
         numbers = MemberData(
-            scale=lora.scales([member.lora for member in everyone]),
-            learning_rate=np.array([member.learning_rate for member in everyone], np.float32),
+            scale=jnp.asarray(lora.scales([member.lora for member in everyone])),
+            learning_rate=jnp.asarray([member.learning_rate for member in everyone], jnp.float32),
         )
         self.data: MemberData = put(numbers, mesh, P("member"))
         self.weights = jax.tree.map(self._placed, weights)
@@ -482,6 +482,8 @@ def check(
     lengths = {rows.tokens.shape[1] for rows in data}
     if len(lengths) > 1:
         raise BadInput(f"rows are {' and '.join(map(str, sorted(lengths)))} tokens long: pack all members' data alike")
+    if len({name for rows in data for name in rows.source_names}) > 127:
+        raise BadInput("the data have more than 127 sources; give some of them one name")
     for number, rows in enumerate(data):
         if any(rows is other for other in data[:number]):
             continue
