@@ -1,5 +1,6 @@
 """A tiny base model for tests: random weights, as a tree of ours and as a Transformers model."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -96,3 +97,33 @@ def weights_of(model: Any) -> dict[str, Any]:
         "layers": {"input_norm": stacked("input_layernorm"), "post_norm": stacked("post_attention_layernorm")}
         | kernels,
     }
+
+
+@dataclasses.dataclass
+class Rows:
+    """Packed rows, as ``packing.Packed``."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    loss_mask: np.ndarray
+    sources: np.ndarray
+    source_names: tuple[str, ...]
+
+
+def packed(rows: int = 6, places: int = 12, seed: int = 0, source_names: tuple[str, ...] = ("code", "prose")) -> Rows:
+    """Random rows: two examples a row, each of a source of its own, its first half a prompt; and some padding."""
+    rng = np.random.default_rng([seed, 7])
+    fields = {name: np.zeros((rows, places), np.int32) for name in ("tokens", "positions", "segments")}
+    mask, sources = np.zeros((rows, places), bool), np.full((rows, places), -1, np.int8)
+    for row in range(rows):
+        start = 0
+        for segment in (1, 2):
+            length = int(rng.integers(3, places // 2 + 1))
+            part = (row, slice(start, start + length))
+            fields["tokens"][part] = rng.integers(0, CONFIG.vocab_size, length)
+            fields["positions"][part], fields["segments"][part] = np.arange(length), segment
+            mask[row, start + length // 2 : start + length] = True
+            sources[part] = rng.integers(len(source_names))
+            start += length
+    return Rows(**fields, loss_mask=mask, sources=sources, source_names=source_names)
