@@ -31,6 +31,7 @@ from instrdiv.directories import Provenance, check_usable, clear_errors, locked
 from instrdiv.finetuning import lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter
+from instrdiv.finetuning.packing import Packed
 from instrdiv.finetuning.training import (
     AdapterMember,
     AdapterTrainer,
@@ -85,7 +86,7 @@ def finetune(
     config: ModelConfig,
     weights: Mapping[str, Any],
     members: Sequence[AdapterMember],
-    data: Sequence[Any],
+    data: Sequence[Packed],
     recipe: Recipe,
     mesh: Mesh | None = None,
     run_dir: Path | str | None = None,
@@ -125,7 +126,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_begun(path, said, overwrite))
         provenance = Provenance(path)
-        facts = {"mesh": dict(mesh.shape)}
+        facts: dict[str, Any] = {"mesh": dict(mesh.shape)}
         provenance.write(**facts)
         stack.enter_context(reporter)
         stop = stack.enter_context(StopRequest(reporter.note, overwrite))
@@ -149,7 +150,7 @@ class _Launch:
         config: ModelConfig,
         weights: Mapping[str, Any],
         members: Sequence[AdapterMember],
-        data: Sequence[Any],
+        data: Sequence[Packed],
         recipe: Recipe,
         mesh: Mesh,
         figure: str,
@@ -252,7 +253,7 @@ def _describe(
     config: ModelConfig,
     weights: Mapping[str, Any],
     members: Sequence[AdapterMember],
-    data: Sequence[Any],
+    data: Sequence[Packed],
     recipe: Recipe,
     figure: str,
     base: str | None,
@@ -276,7 +277,7 @@ def _describe(
     )
 
 
-def data_digest(rows: Any) -> str:
+def data_digest(rows: Packed) -> str:
     """Changes whenever a packed data set does."""
     digest = hashlib.sha256(json.dumps(rows.source_names).encode())
     for name in ("tokens", "positions", "segments", "loss_mask", "sources"):

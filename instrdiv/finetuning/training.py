@@ -30,6 +30,7 @@ from instrdiv.checkpoints import stacked_state
 from instrdiv.finetuning import llama, lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter, Lora
+from instrdiv.finetuning.packing import Packed
 from instrdiv.optimizers import rate_at
 from instrdiv.population import ExampleOrder, padded_size, put
 from instrdiv.results import plain
@@ -361,7 +362,7 @@ class AdapterTrainer:
         config: ModelConfig,
         weights: Mapping[str, Any],
         members: Sequence[AdapterMember],
-        data: Sequence[Any],
+        data: Sequence[Packed],
         recipe: Recipe,
         mesh: Mesh,
         restored: tuple[int, dict[str, np.ndarray]] | None = None,
@@ -461,7 +462,7 @@ class AdapterTrainer:
 
 
 def check(
-    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Any], recipe: Recipe, mesh: Mesh
+    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Packed], recipe: Recipe, mesh: Mesh
 ) -> None:
     """Raises BadInput unless members, data and layout fit one another and the base. Cheap, but reads the tokens."""
     recipe.validate()
