@@ -142,11 +142,11 @@ PRESETS = {
     "laptop": Preset(
         setting=_LETTERS,
         instructions=(64, 256, 1024, 4096),
-        lora=Lora(32, 64.0),
-        learning_rate=6e-3,
-        recipe=_RECIPE,
+        lora=Lora(16, 32.0),
+        learning_rate=8e-3,
+        recipe=dataclasses.replace(_RECIPE, microbatch_size=8),  # what fits into a core's cache
         small=SmallBase(
-            layers=4, width=64, heads=4, mlp_width=128, instructions=8_192, examples=51_200,
+            layers=3, width=64, heads=4, mlp_width=128, instructions=8_192, examples=51_200,
             recipe=dataclasses.replace(_RECIPE, weight_decay=0.1),
         ),
     ),
