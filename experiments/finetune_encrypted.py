@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ from instrdiv.finetuning.encrypted import (
 )
 from instrdiv.finetuning.lora import TARGETS, Lora, linear_shapes
 from instrdiv.finetuning.packing import Packed, pack, tokenise
-from instrdiv.finetuning.pretraining import SmallBase, make_base
+from instrdiv.finetuning.pretraining import SmallBase, make_base, make_tokenizer, random_weights
 from instrdiv.finetuning.report import (
     IDENTITY,
     SAMPLE_COLUMNS,
@@ -61,7 +63,7 @@ from instrdiv.finetuning.run import FineTuned, finetune
 from instrdiv.finetuning.sources import Row as Text
 from instrdiv.finetuning.templates import make_template
 from instrdiv.finetuning.tokenizer import Tokenizer
-from instrdiv.finetuning.training import AdapterMember, Recipe, check, make_mesh
+from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Recipe, check, make_mesh
 from instrdiv.finetuning.weights import read_weights
 from instrdiv.launcher import (
     ListParser,
@@ -76,6 +78,7 @@ from instrdiv.launcher import (
     start,
     use_cpu_cores,
 )
+from instrdiv.pages import duration
 from instrdiv.progress import telling
 from instrdiv.results import Row, read_table, write_table
 from instrdiv.settings import BadInput
@@ -177,6 +180,10 @@ def main() -> None:
     check_usable(run_dir)
     print(f"{NAME}, preset {FLAGS.preset}, {run_dir}", flush=True)
     base = Path(FLAGS.base or run_dir.with_name(f"{run_dir.name}-base"))
+    if FLAGS.dry_run:
+        with telling() as say:
+            print(forecast(preset, base, members, recipe, mesh, say))
+        return
     with telling() as say:
         if not FLAGS.base:
             assert preset.small is not None
@@ -186,19 +193,16 @@ def main() -> None:
         data = pack_all(members, tokenizer)
         check(config, members, data, recipe, mesh)
         print(plan(config, members, recipe, data[0]), flush=True)
-        if FLAGS.dry_run:
-            return
-        say(f"reading {base}")
-        int8 = FLAGS.int8 or preset.int8
-        weights = read_weights(base, config, recipe.precision, mesh=mesh, fsdp=FLAGS.fsdp, int8=int8)
+        weights = read_base(preset, base, config, recipe, mesh, say)
     tuned = finetune(config, weights, members, data, recipe, mesh, run_dir, NAME, str(base), overwrite=FLAGS.overwrite,
                      schedule=Schedule(FLAGS.checkpoint_minutes))  # fmt: skip
     tests = FLAGS.tests or preset.tests
-    with locked(run_dir), telling() as say:
-        tables = test(config, weights, tokenizer, tuned, recipe, mesh, tests, preset.dev_tests, say)
-        write_results(run_dir / "results.csv", tables.results)
-        write_table(run_dir / "base.csv", tables.base, BASE_COLUMNS)
-        write_table(run_dir / "samples.csv", tables.samples, SAMPLE_COLUMNS)
+    if not is_tested(run_dir, members, recipe, tests):
+        with locked(run_dir), telling() as say:
+            tables = test(config, weights, tokenizer, tuned, recipe, mesh, tests, preset.dev_tests, say)
+            write_table(run_dir / "base.csv", tables.base, BASE_COLUMNS)
+            write_table(run_dir / "samples.csv", tables.samples, SAMPLE_COLUMNS)
+            write_results(run_dir / "results.csv", tables.results)  # last: with it, all is there
     results, of_base = read_table(run_dir / "results.csv", IDENTITY), read_table(run_dir / "base.csv", BASE_COLUMNS)
     draw(results, of_base, run_dir / "figure")
     found = judge(results, preset)
@@ -253,6 +257,49 @@ def plan(config: ModelConfig, members: Sequence[AdapterMember], recipe: Recipe, 
         f"optimiser), over {base:,} of the base, held once; {recipe.steps:,} steps of {recipe.batch_size} rows of "
         f"{rows.tokens.shape[1]} tokens: {tokens:.3g} tokens, {flops:.3g} FLOP"
     )
+
+
+def read_base(
+    preset: Preset, base: Path, config: ModelConfig, recipe: Recipe, mesh: Mesh, say: Callable[[str], None]
+) -> Any:
+    """The base's weights on the mesh, as preset and flags want them held."""
+    say(f"reading {base}")
+    return read_weights(base, config, recipe.precision, mesh=mesh, fsdp=FLAGS.fsdp, int8=FLAGS.int8 or preset.int8)
+
+
+def forecast(
+    preset: Preset, base: Path, members: Sequence[AdapterMember], recipe: Recipe, mesh: Mesh, say: Callable[[str], None]
+) -> str:
+    """What it will take, and how long by the rate of two steps that are taken here. Writes nothing."""
+    if FLAGS.base:
+        config, tokenizer = ModelConfig.from_json(base), Tokenizer.load(base)
+        weights = read_base(preset, base, config, recipe, mesh, say)
+    else:
+        assert preset.small is not None
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = make_tokenizer(Path(folder), encrypted(members[0]))
+        config = preset.small.config(tokenizer.vocab_size, tokenizer.end_ids[0])
+        weights = random_weights(config, seed=0)  # as fast as those that it will learn
+    say("making the data")
+    data = pack_all(members, tokenizer)
+    trainer = AdapterTrainer(config, weights, members, data, dataclasses.replace(recipe, steps=2, reports=2,
+                                                                                warmup_steps=0), mesh)  # fmt: skip
+    say("compiling, and taking two steps")
+    jax.block_until_ready(trainer.advance())
+    started = time.monotonic()
+    jax.block_until_ready(trainer.advance())
+    took = duration(recipe.steps * (time.monotonic() - started))
+    where = f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}"
+    return f"{plan(config, members, recipe, data[0])}\ntraining: about {took} on {where}, by the rate of two steps"
+
+
+def is_tested(run_dir: Path, members: Sequence[AdapterMember], recipe: Recipe, tests: int) -> bool:
+    """Whether results.csv has these members at their end, with so many tests."""
+    if not (run_dir / "results.csv").exists():
+        return False
+    rows = read_table(run_dir / "results.csv", IDENTITY)
+    found = {(r["member"], r["step"], r["tests"]) for r in rows if (r["split"], r["slice"]) == ("unseen", "all")}
+    return found == {(member.id, recipe.steps, tests) for member in members}
 
 
 @dataclasses.dataclass(frozen=True)

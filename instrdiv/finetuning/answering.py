@@ -62,7 +62,7 @@ def answers(
         over_members = NamedSharding(mesh, P("member"))
 
         def placed(leaf: Any) -> jax.Array:
-            return jax.device_put(np.concatenate([leaf, leaf[:1].repeat(idle, 0)]), over_members)
+            return jax.device_put(np.concatenate([leaf, np.repeat(leaf[:1], idle, 0)]), over_members)
 
         adapters, scale = jax.tree.map(placed, adapters), placed(scale)
 
@@ -72,11 +72,11 @@ def answers(
         filled = [[*of_member, *[[]] * (at_once - len(of_member))] for of_member in piece]
         flat = [prompt for of_member in [*filled, *[[[]] * at_once] * idle] for prompt in of_member]
         rows = jax.device_put(left_padded(flat, places), rows_over_mesh)
-        tokens, lengths = decode_greedily(
+        decoded: Any = decode_greedily(
             config, weights, rows, adapters, scale,
             new_tokens=new_tokens, end_tokens=tokenizer.end_ids, precision=precision,
         )  # fmt: skip
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        tokens, lengths = map(np.asarray, decoded)
         for member, of_member in enumerate(piece):
             at = member * at_once
             found[member] += [tokenizer.decode(tokens[i, : lengths[i]]) for i in range(at, at + len(of_member))]
