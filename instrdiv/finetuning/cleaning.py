@@ -2,9 +2,9 @@
 
 - *Contamination*: a row that has 13 words in a row in common with an evaluation prompt, in its prompt, its response or
   a later turn (GPT-3, arXiv 2005.14165, appendix C). A prompt of 8 to 12 words is looked for as a whole (8 is the least
-  that GPT-3 compared); one of fewer says too little to be looked for in longer texts: a row is dropped only where one of
-  its texts has these very words. Unlike GPT-3 we drop the row, not the words, and ignore no 13 words for being frequent:
-  ``dropped.csv`` shows what matched, so that boilerplate can be told from answers.
+  that GPT-3 compared). One of fewer says too little to be looked for in longer texts: a row goes only where one of its
+  texts has these very words. Unlike GPT-3 we drop the row, not the words, and ignore no 13 words for being frequent:
+  what matched is told, so that boilerplate can be told from answers.
 - *Exact duplicates*: rows that are equal but for case, width and white space.
 - *Near duplicates*: rows whose sets of 5-grams of words have a Jaccard similarity of at least ``SIMILARITY`` with a row
   that is kept. Found exactly, by prefix filtering (Bayardo et al. 2007; Xiao et al. 2008), not by sampling hashes.
@@ -15,7 +15,6 @@ The first of equal rows stays; sources are compared with each other in the order
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -148,9 +147,9 @@ def near_duplicates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which earlier text each text repeats, and how similar the two are.
 
-    Going through the texts in order, one is kept unless it is similar to one that was kept. So what is dropped is always
-    similar to something that stays, and of a chain a ~ b ~ c, whose ends differ, only b goes. Similarity is that of the
-    sets of 5-grams of words (of all words where there are fewer). Texts without words are kept.
+    Going through the texts in order, one is kept unless it is similar to one that was kept. So what is dropped is
+    similar to something that stays, and of a chain a ~ b ~ c, whose ends differ, only b goes. Similarity is that of
+    the sets of 5-grams of words (of all words where there are fewer). Texts without words are kept.
 
     Returns:
       int64 [N]: the most similar kept text, the earliest of several; -1 if this one is kept.

@@ -187,7 +187,9 @@ class TestClean:
         assert {name: [int(short(row)[1:]) for row in rows] for name, rows in stay.items()} == kept
         assert [f"{short(one.row)} {one.reason} {short(one.like)}" for one in gone] == reasons
         everything = [row for rows in sources.values() for row in rows]
-        assert sorted(map(short, [*stay["a"], *stay["b"], *(one.row for one in gone)])) == sorted(map(short, everything))
+        assert sorted(map(short, [*stay["a"], *stay["b"], *(one.row for one in gone)])) == sorted(
+            map(short, everything)
+        )
 
     def test_shows_what_matched(self):
         _, gone = clean(self.sources(), self.evaluation, "near")

@@ -32,7 +32,9 @@ def test_ngrams_are_equal_where_the_words_are(texts, n):
                 for at in range(len(said) - n + 1)]  # fmt: skip
     assert words.lengths.tolist() == [len(words_of(text)) for text in texts] and len(words) == len(texts)
     assert words.text_at(places).tolist() == [number for number, _ in expected]
-    assert len({*zip(hashes.tolist(), [gram for _, gram in expected], strict=True)}) == len({gram for _, gram in expected})
+    assert len({*zip(hashes.tolist(), [gram for _, gram in expected], strict=True)}) == len(
+        {gram for _, gram in expected}
+    )
     assert len(set(hashes.tolist())) == len({gram for _, gram in expected})
 
 
