@@ -162,15 +162,12 @@ def near_duplicates(
     for number, size in enumerate(sets.sizes.tolist()):
         if number % _TEXTS == 0:
             say(f"looking for near duplicates: {number:,} of {len(texts):,} rows")
-        candidates = index.kept_with(number)
-        sizes = sets.sizes[candidates]
-        possible = np.minimum(sizes, size) >= least * np.maximum(sizes, size) - 1e-9
-        candidates, sizes = candidates[possible], sizes[possible]
+        candidates = index.candidates(number)
         if len(candidates):
             own[sets[number]] = True
             common = sets.count(candidates, own)
             own[sets[number]] = False
-            found = common / (size + sizes - common)
+            found = common / (size + sets.sizes[candidates] - common)
             best = int(found.argmax())
             if found[best] >= least:
                 like[number], similarity[number] = candidates[best], found[best]
@@ -225,31 +222,42 @@ class _PrefixIndex:
     """The sets that are kept, by the members of their prefixes.
 
     The prefix of a set is its rarest members: all but so many that two sets which have only the others in common could
-    not be similar. So two similar sets have a member of both prefixes in common.
+    not be similar. So two similar sets have a member of both prefixes in common, and after the first such member each
+    has enough others left.
     """
 
     def __init__(self, sets: _Sets, least: float):
+        self._sizes, self._share = sets.sizes, least / (1 + least)  # the latter: in common, of the sum of both sizes
         lengths = sets.sizes - np.ceil(least * sets.sizes - 1e-9).astype(np.int64) + 1
         lengths[sets.sizes == 0] = 0
         in_prefix = np.arange(len(sets.members)) < np.repeat(sets.starts[:-1] + lengths, sets.sizes)
         _, self._members, counts = np.unique(sets.members[in_prefix], return_inverse=True, return_counts=True)
         self._starts = np.cumsum([0, *lengths])
-        # Member m is in the prefixes of the sets _sets[_begins[m] : _ends[m]], as far as they are kept.
+        # Member m is in the prefixes of the sets _kept[_begins[m] : _ends[m]]; from it on, they have _left members.
         self._begins = np.cumsum([0, *counts])[:-1]
         self._ends = self._begins.copy()
-        self._sets = np.empty(len(self._members), np.int64)
+        self._kept, self._left = np.empty((2, len(self._members)), np.int32)
+        self._met = np.full(len(sets.sizes), -1, np.int32)  # the set for which each one was last met
 
     def _prefix(self, number: int) -> np.ndarray:
         return self._members[self._starts[number] : self._starts[number + 1]]
 
     def keep(self, number: int) -> None:
         members = self._prefix(number)
-        self._sets[self._ends[members]] = number
+        places = self._ends[members]
+        self._kept[places], self._left[places] = number, self._sizes[number] - np.arange(len(members))
         self._ends[members] += 1
 
-    def kept_with(self, number: int) -> np.ndarray:
-        """int64, ascending: the kept sets that have a prefix member in common with this one."""
-        members = self._prefix(number)
-        members = members[self._ends[members] > self._begins[members]]
-        spans = [self._sets[self._begins[member] : self._ends[member]] for member in members.tolist()]
-        return np.unique(np.concatenate(spans)) if spans else np.zeros(0, np.int64)
+    def candidates(self, number: int) -> np.ndarray:
+        """int64, ascending: the kept sets that can be similar to this one, for all that their prefixes tell."""
+        members, size = self._prefix(number), self._sizes[number]
+        found = []
+        for place in np.flatnonzero(self._ends[members] > self._begins[members]).tolist():
+            span = slice(self._begins[members[place]], self._ends[members[place]])
+            kept, left = self._kept[span], self._left[span]
+            first = self._met[kept] != number
+            kept, left = kept[first], left[first]
+            self._met[kept] = number
+            needed = self._share * (size + self._sizes[kept]) - 1e-9
+            found.append(kept[np.minimum(left, size - place) >= needed])
+        return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
