@@ -284,6 +284,29 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def stacked_state(arrays: dict[str, np.ndarray], abstract: Any, members: int, size: int) -> Any:
+    """The state of a group from the arrays of a checkpoint.
+
+    Args:
+      arrays: by name, with a leading axis of ``members`` or more.
+      abstract: one member's state, as shapes and types.
+      members, size: of the group; with the idle members of the layout, which repeat the first.
+
+    Raises ValueError where they are another state's.
+    """
+    expected = named_leaves(abstract)
+    if set(arrays) != set(expected):
+        raise ValueError(f"its arrays differ in {sorted(set(arrays) ^ set(expected))[0]}")
+    rows = [*range(members), *[0] * (size - members)]
+    leaves = []
+    for name, leaf in expected.items():
+        array = arrays[name]
+        if (array.shape[1:], array.dtype) != (leaf.shape, leaf.dtype) or len(array) < members:
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, not {leaf.dtype}{[members, *leaf.shape]}")
+        leaves.append(array if len(array) == size else array[rows])
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
 def _digest(xp: Any, array: Any) -> Any:
     """uint32 [M] of an array [M, ...]: the words of each member's part, weighted by odd numbers, modulo 2^32.
 

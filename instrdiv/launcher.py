@@ -232,10 +232,10 @@ def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:
     flags.DEFINE_enum("preset", "laptop", list(names), "how large a world, a model and a budget")
 
 
-def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None:
-    """One flag ``--config.<field>`` a field of ``Setting``; those in ``swept`` take a list."""
-    types_of = typing.get_type_hints(Setting)
-    for field in sorted(dataclasses.fields(Setting), key=lambda field: field.name):
+def define_setting_flags(swept: set[str] | frozenset[str] = frozenset(), of: type = Setting) -> None:
+    """One flag ``--config.<field>`` a field of the dataclass ``of``; those in ``swept`` take a list."""
+    types_of = typing.get_type_hints(of)
+    for field in sorted(dataclasses.fields(of), key=lambda field: field.name):
         parser = _parser_for(types_of[field.name], field.metadata["choices"])
         text = field.metadata["help"]
         if field.name in swept:
@@ -246,9 +246,9 @@ def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None
         _define(parser, f"config.{field.name}", text + default)
 
 
-def setting_flags() -> dict[str, Any]:
-    """The fields of ``Setting`` that were given as flags."""
-    names = [field.name for field in dataclasses.fields(Setting)]
+def setting_flags(of: type = Setting) -> dict[str, Any]:
+    """The fields of the dataclass ``of`` that were given as flags."""
+    names = [field.name for field in dataclasses.fields(of)]
     return {name: value for name in names if (value := FLAGS[f"config.{name}"].value) is not None}
 
 
@@ -385,10 +385,15 @@ def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | N
         claims = [thresholds.Claim("every model trained to its end", False, f"{len(lost)} diverged")]
     else:
         claims = figure.claims(results)
+    print_claims(claims)
+    return claims
+
+
+def print_claims(claims: Sequence[thresholds.Claim]) -> None:
+    """What holds, what does not, and the verdict."""
     for claim in claims:
         print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
     print(f"verdict: {thresholds.verdict(claims)}")
-    return claims
 
 
 def _fail(message: str) -> typing.NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,20 @@ def optimizer_of(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(name, params)
 
 
-def rate_at(config: StaticFields, step: jax.Array) -> jax.Array:
+class HasSchedule(Protocol):
+    """What says how a rate changes over a run; see ``StaticFields``."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def final_rate(self) -> float: ...
+
+
+def rate_at(config: HasSchedule, step: jax.Array) -> jax.Array:
     """The rate of a step (int32) as a share of the peak, float32: warm-up, then decay to the end of the budget."""
     step = step.astype(jnp.float32)
     warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))

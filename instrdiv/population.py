@@ -24,7 +24,7 @@ from instrdiv.rewriting.rules import FamilyTooSmall, RuleSource, RuleTable
 from instrdiv.settings import BadInput, Member, Setting, StaticFields
 
 #: Uses of randomness that must not share keys; folded into a key with the seed.
-EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM = range(5)
+EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM, ENCRYPTED_STREAM = range(6)
 
 
 @struct.dataclass
@@ -82,10 +82,10 @@ def epoch_order(examples: int, epoch: int, seed: int = 0) -> np.ndarray:
 
 
 class ExampleOrder:
-    """Which examples each step visits: the epochs' orders, end to end, cut into batches."""
+    """Which examples each step visits: the epochs' orders, end to end, cut into batches; see ``epoch_order``."""
 
-    def __init__(self, examples: int, batch_size: int):
-        self.examples, self.batch_size = examples, batch_size
+    def __init__(self, examples: int, batch_size: int, seed: int = 0):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def batches(self, first_step: int, steps: int) -> np.ndarray:
@@ -93,7 +93,7 @@ class ExampleOrder:
         start, stop = first_step * self.batch_size, (first_step + steps) * self.batch_size
         epochs = range(start // self.examples, (stop - 1) // self.examples + 1)
         kept = self._epochs
-        self._epochs = {e: kept[e] if e in kept else epoch_order(self.examples, e) for e in epochs}
+        self._epochs = {e: kept[e] if e in kept else epoch_order(self.examples, e, self.seed) for e in epochs}
         joined = np.concatenate([self._epochs[e] for e in epochs])
         offset = epochs[0] * self.examples
         return joined[start - offset : stop - offset].reshape(steps, self.batch_size)

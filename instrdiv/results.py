@@ -54,6 +54,16 @@ TIMING_COLUMNS = (
 )
 
 
+def status_of(diverged_at: int) -> str:
+    """What tables say of a member that was frozen at a step, or (-1) was not."""
+    return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
+
+
+def shortest(value: Any) -> float:
+    """The float whose repr has only the digits that a float32 has."""
+    return float(str(value))
+
+
 def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     """Writes a CSV whole or not at all (a temporary file, then a rename)."""
     with replacing(path) as file:
@@ -137,14 +147,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class replacing:
-    """Context manager: a text file that takes its place when the block ends without an error."""
+    """Context manager: a file that takes its place when the block ends without an error; ``mode`` is "w" or "wb"."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, mode: str = "w"):
+        self.path, self.mode = Path(path), mode
 
     def __enter__(self):
+        encoding = None if "b" in self.mode else "utf-8"
         self.file = tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
+            self.mode, encoding=encoding, dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
         )
         return self.file
 

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.checkpoints import named_leaves
+from instrdiv.checkpoints import stacked_state
 from instrdiv.model import Decoder
 from instrdiv.optimizers import make_optimizer, rate_at
 from instrdiv.population import (
@@ -258,22 +258,7 @@ class Trainer:
         return initialise(self.data)
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
-        """The state from named arrays [M, ...], M at least the group's members; idle ones repeat the first again."""
-        abstract = abstract_member(self.group)
-        expected = named_leaves(abstract)
-        members = len(self.group.members)
-        rows = [*range(members), *[0] * (self.size - members)]
-        leaves = []
-        if set(arrays) != set(expected):
-            raise ValueError(f"its arrays differ in {sorted(set(arrays) ^ set(expected))[0]}")
-        for name, leaf in expected.items():
-            array = arrays[name]
-            if (array.shape[1:], array.dtype) != (leaf.shape, leaf.dtype) or len(array) < members:
-                raise ValueError(
-                    f"{name} is {array.dtype}{list(array.shape)}, not {leaf.dtype}{[members, *leaf.shape]}"
-                )
-            leaves.append(array if len(array) == self.size else array[rows])
-        state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        state = stacked_state(arrays, abstract_member(self.group), len(self.group.members), self.size)
         # Not aliased: the buffers are donated to the first chunk.
         return jax.device_put(state, NamedSharding(self.mesh, P("member")), may_alias=False)
 

@@ -128,7 +128,7 @@ def parse_schema(text: str) -> Schema:
     if text in SCHEMAS:
         return SCHEMAS[text]
     pairs = [part.partition("=")[::2] for part in text.split(",")]
-    parts = {part.strip(): name.strip() for part, name in pairs}
+    parts: dict[str, Any] = {part.strip(): name.strip() for part, name in pairs}
     known = f"schemas are {', '.join(SCHEMAS)}, or fields of your own: instruction=FIELD,response=FIELD"
     if len(parts) < len(pairs) or not parts.keys() <= set(_PARTS) or not all(parts.values()):
         raise BadInput(f"the schema {text!r} is not known; {known}[,input=…][,system=…][,rationale=…], or messages=…")

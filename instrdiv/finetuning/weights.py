@@ -1,0 +1,389 @@
+"""Weights of a checkpoint: from safetensors files to the decoder's tree, placed and cast, and back.
+
+A tensor is mapped from its file, not read: every device takes its own part of it, in the file's dtype, and there it is
+transposed and cast, into its layer's place. So the host holds about one tensor at a time, however large the model is.
+
+The format is a header in JSON and raw numbers (https://github.com/huggingface/safetensors); it is read here, without
+its library, so that a damaged file can be told from a good one, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from instrdiv.finetuning.config import ModelConfig
+from instrdiv.finetuning.llama import Quantised
+from instrdiv.settings import BadInput
+
+#: path in our tree -> the checkpoint's name ({} is the layer), and what our axes are. A kernel is stored transposed.
+TABLE: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    ("embed",): ("model.embed_tokens.weight", ("vocab", "width")),
+    ("norm",): ("model.norm.weight", ("width",)),
+    ("lm_head", "kernel"): ("lm_head.weight", ("width", "vocab")),
+    ("layers", "input_norm"): ("model.layers.{}.input_layernorm.weight", ("width",)),
+    ("layers", "post_norm"): ("model.layers.{}.post_attention_layernorm.weight", ("width",)),
+    ("layers", "q_proj", "kernel"): ("model.layers.{}.self_attn.q_proj.weight", ("width", "heads")),
+    ("layers", "q_proj", "bias"): ("model.layers.{}.self_attn.q_proj.bias", ("heads",)),
+    ("layers", "k_proj", "kernel"): ("model.layers.{}.self_attn.k_proj.weight", ("width", "kv_heads")),
+    ("layers", "k_proj", "bias"): ("model.layers.{}.self_attn.k_proj.bias", ("kv_heads",)),
+    ("layers", "v_proj", "kernel"): ("model.layers.{}.self_attn.v_proj.weight", ("width", "kv_heads")),
+    ("layers", "v_proj", "bias"): ("model.layers.{}.self_attn.v_proj.bias", ("kv_heads",)),
+    ("layers", "o_proj", "kernel"): ("model.layers.{}.self_attn.o_proj.weight", ("heads", "width")),
+    ("layers", "o_proj", "bias"): ("model.layers.{}.self_attn.o_proj.bias", ("width",)),
+    ("layers", "gate_proj", "kernel"): ("model.layers.{}.mlp.gate_proj.weight", ("width", "mlp")),
+    ("layers", "gate_proj", "bias"): ("model.layers.{}.mlp.gate_proj.bias", ("mlp",)),
+    ("layers", "up_proj", "kernel"): ("model.layers.{}.mlp.up_proj.weight", ("width", "mlp")),
+    ("layers", "up_proj", "bias"): ("model.layers.{}.mlp.up_proj.bias", ("mlp",)),
+    ("layers", "down_proj", "kernel"): ("model.layers.{}.mlp.down_proj.weight", ("mlp", "width")),
+    ("layers", "down_proj", "bias"): ("model.layers.{}.mlp.down_proj.bias", ("width",)),
+}
+#: Ends of names that old checkpoints have besides: frequencies, which follow from config.json.
+IGNORED = ("rotary_emb.inv_freq",)
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+
+
+class Leaf(NamedTuple):
+    """An array of the tree.
+
+    Attributes:
+      path: of keys in the tree.
+      name: of its tensor in a checkpoint; {} is the layer.
+      axes: what its axes are, without that of the layers.
+      shape: its lengths, likewise.
+      layers: tensors that are stacked in it, on a leading axis; None where there is no such axis.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    layers: int | None
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.path[-1] == "kernel"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.is_kernel else self.shape
+
+    def names(self) -> list[str]:
+        """Of its tensors, by layer."""
+        return [self.name.format(layer) for layer in range(self.layers or 1)]
+
+
+def leaves(config: ModelConfig) -> list[Leaf]:
+    """The arrays of the tree that ``config`` describes."""
+    lengths = {
+        "vocab": config.vocab_size,
+        "width": config.width,
+        "heads": config.heads * config.head_dim,
+        "kv_heads": config.kv_heads * config.head_dim,
+        "mlp": config.mlp_width,
+    }
+    has_bias = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.qkv_bias) | {"o_proj": config.output_bias}
+    there = []
+    for path, (name, axes) in TABLE.items():
+        lacks_bias = path[-1] == "bias" and not has_bias.get(path[1], config.mlp_bias)
+        if not lacks_bias and not (path[0] == "lm_head" and config.tied_head):
+            layers = config.layers if path[0] == "layers" else None
+            there.append(Leaf(path, name, axes, tuple(lengths[axis] for axis in axes), layers))
+    return there
+
+
+def partition_specs(config: ModelConfig, mesh: Mesh, fsdp: bool = False) -> dict[tuple[str, ...], P]:
+    """How each array of the tree lies on a mesh, by its path; a leading axis of layers is whole.
+
+    Along 'tensor', as in Megatron: whole heads and the channels of the MLP, so that a block needs two reductions. Key
+    and value heads that the axis does not divide are whole on every device, for each then serves queries of several
+    devices; so is a vocabulary that it does not divide, for what that costs is little. With ``fsdp``, the width of
+    every matrix lies along ('member', 'data'): devices that hold other rows each keep a part of the weights, and gather
+    a layer where they use it. Axes that the mesh lacks count as 1.
+
+    Raises:
+      BadInput: 'tensor' does not divide the heads or the MLP's width, or ('member', 'data') the width.
+    """
+    tensor = mesh.shape.get("tensor", 1)
+    both = tuple(axis for axis in ("member", "data") if axis in mesh.shape)
+    parts = math.prod(mesh.shape[axis] for axis in both)
+    for what, length in (("attention heads", config.heads), ("channels of the MLP", config.mlp_width)):
+        if length % tensor:
+            raise BadInput(f"--tensor_parallel={tensor}: must divide the {length} {what}")
+    if fsdp and config.width % parts:
+        raise BadInput(f"--fsdp: the width {config.width} cannot be cut into {parts} equal parts, one a device; "
+                       "use another number of devices")  # fmt: skip
+    counts = {"heads": config.heads, "mlp": config.mlp_width, "kv_heads": config.kv_heads, "vocab": config.vocab_size}
+    along: dict[str, Any] = {axis: "tensor" for axis, count in counts.items() if tensor > 1 and count % tensor == 0}
+
+    def spec(leaf: Leaf) -> P:
+        width = {"width": both} if fsdp and both and len(leaf.axes) == 2 else {}
+        axes = [(along | width).get(axis) for axis in leaf.axes]
+        return P(*([None] if leaf.layers else []), *axes)
+
+    return {leaf.path: spec(leaf) for leaf in leaves(config)}
+
+
+def read_weights(
+    directory: str | Path,
+    config: ModelConfig,
+    precision: Any = "float32",
+    *,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+    int8: bool = False,
+) -> dict[str, Any]:
+    """The tree of a checkpoint's weights (see ``llama.py``), on its devices.
+
+    Args:
+      directory: with model.safetensors, or its shards and model.safetensors.index.json.
+      config: of that checkpoint.
+      precision: dtype of the arrays; that of the files (float32, float16 or bfloat16) may be another.
+      mesh, fsdp: where the arrays lie, see ``partition_specs``; by default, on one device.
+      int8: hold the kernels of the layers in eight bits (``quantise``); embedding and head are not.
+
+    Raises:
+      BadInput: a file or tensor is missing, damaged, too many, or not of its shape; names it. Nothing has been read
+        then, but for a tensor whose numbers are not finite.
+    """
+    directory = Path(directory)
+    stored = _stored_tensors(directory)
+    there = leaves(config)
+    _check(directory, config, there, stored)
+    mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
+    specs = partition_specs(config, mesh, fsdp)
+    tree: dict[str, Any] = {}
+    for leaf in there:
+        tensors = [stored[name] for name in leaf.names()]
+        *parents, last = leaf.path
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _read_leaf(leaf, tensors, jnp.dtype(precision), mesh, specs[leaf.path], int8)
+    return tree
+
+
+def quantise(kernel: jax.Array) -> Quantised:
+    """A kernel [..., in, out] in eight bits: -127 to 127 of the largest magnitude of each output channel.
+
+    The error of a weight is at most half a step: scale / 2.
+    """
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.abs(kernel).max(axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    return Quantised(jnp.clip(jnp.round(kernel / scale), -127, 127).astype(jnp.int8), scale)
+
+
+def write_weights(
+    directory: str | Path, config: ModelConfig, weights: Mapping[str, Any], precision: Any = "bfloat16"
+) -> None:
+    """Writes a checkpoint that ``from_pretrained`` and ``read_weights`` read: config.json and model.safetensors.
+
+    Args:
+      directory: made if need be.
+      config, weights: of one model; a quantised kernel is written as the numbers that it stands for.
+      precision: of the file: float32, bfloat16 or float16.
+
+    Raises:
+      BadInput: the directory is not empty or cannot be written, or Transformers has no such model.
+    """
+    directory, dtype = Path(directory), jnp.dtype(precision)
+    fields = config.to_json() | {"torch_dtype": dtype.name}
+    names = {np_dtype: name for name, np_dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for leaf in leaves(config):
+        for name in leaf.names():
+            begin, end = end, end + math.prod(leaf.shape) * dtype.itemsize
+            header[name] = {"dtype": names[dtype], "shape": leaf.stored_shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise BadInput(f"{directory}: is not empty, and nothing is overwritten; name another directory")
+        with open(directory / _SINGLE, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for leaf in leaves(config):
+                array = functools.reduce(lambda node, key: node[key], leaf.path, weights)
+                for layer in range(leaf.layers or 1):
+                    part = array if leaf.layers is None else jax.tree.map(lambda a, i=layer: a[i], array)
+                    file.write(np.asarray(_as_stored(part, leaf.is_kernel, dtype)).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        # Last, so that a directory that was cut short is not taken for a checkpoint.
+        (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{directory}: cannot be written ({error.strerror}); name another directory") from None
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    name: str
+    dtype: str  # as the file has it
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def map(self) -> np.ndarray:
+        return np.asarray(np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape))
+
+    def on_device(self, sharding: Sharding) -> jax.Array:
+        """The tensor as it is, each device's part read by itself."""
+        mapped = self.map()
+        return jax.make_array_from_callback(self.shape, sharding, lambda index: mapped[index])
+
+
+def _stored_tensors(directory: Path) -> dict[str, _Stored]:
+    """The tensors of a checkpoint, by name; only the headers are read."""
+    index = directory / _INDEX
+    if (directory / _SINGLE).is_file():
+        return {tensor.name: tensor for tensor in _header(directory / _SINGLE)}
+    if not index.is_file():
+        raise BadInput(_without_weights(directory))
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file: dict[str, list[str]] = {}
+        for name, file in places.items():
+            if Path(file).name != file:
+                raise ValueError(f"{name} is said to be in {file}, which is no name of a file")
+            by_file.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = "lacks the field weight_map" if isinstance(error, KeyError) else str(error)
+        raise BadInput(f"{index}: cannot be read ({what}); fetch it again") from None
+    found: dict[str, _Stored] = {}
+    for file, names in sorted(by_file.items()):
+        path = directory / file
+        if not path.is_file():
+            raise BadInput(f"{path}: is missing; {_INDEX} says that it has {names[0]} and {len(names) - 1} other "
+                           "tensors; fetch it again")  # fmt: skip
+        there = {tensor.name: tensor for tensor in _header(path)}
+        for name in names:
+            if name not in there:
+                raise BadInput(f"{path}: lacks the tensor {name}, which {_INDEX} says that it has; fetch it again")
+        found |= there
+    return found
+
+
+def _without_weights(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory}: there is no such directory"
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    if pickled:
+        return (
+            f"{directory / pickled[0]}: pickled weights are not read, for a pickle can run any code; where you trust "
+            "them, convert them: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+        )
+    return f"{directory}: has neither {_SINGLE} nor {_INDEX}; fetch the checkpoint's *.safetensors"
+
+
+def _header(path: Path) -> Iterator[_Stored]:
+    """The tensors of a file, which is long enough for all of them."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(start := file.read(8), "little")
+            if start == b"version ":
+                raise ValueError("it is a pointer of Git LFS; git lfs pull fetches the file")
+            if len(start) < 8 or length > size - 8:
+                raise ValueError(f"of {size} bytes, its header alone should have {length}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = [
+            (entry["data_offsets"][1], entry["data_offsets"][0], name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        ]
+        if not all(isinstance(n, int) and n >= 0 for *ends, _, _, shape in entries for n in (*ends, *shape)):
+            raise ValueError("its header has places that are no numbers")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadInput(f"{path}: is damaged, or no safetensors file ({error}); fetch it again") from None
+    for end, begin, name, dtype, shape in sorted(entries):
+        if 8 + length + end > size:
+            raise BadInput(f"{path}: is damaged: its tensor {name} ends at byte {8 + length + end}, and the file at "
+                           f"{size}; fetch it again")  # fmt: skip
+        if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+            raise BadInput(f"{path}: is damaged: its tensor {name} of {list(shape)} {dtype} has {end - begin} bytes; "
+                           "fetch it again")  # fmt: skip
+        yield _Stored(path, name, dtype, shape, 8 + length + begin)
+
+
+def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapping[str, _Stored]) -> None:
+    """Every tensor that the decoder needs is there, in a dtype and shape that it can use, and no other is."""
+    needed = {name: leaf for leaf in there for name in leaf.names()}
+    for name, leaf in needed.items():
+        if name not in stored:
+            raise BadInput(f"{directory}: has no tensor {name} {list(leaf.stored_shape)}, which by its config.json it "
+                           "must have; fetch it again")  # fmt: skip
+        tensor = stored[name]
+        if tensor.dtype not in _DTYPES:
+            raise BadInput(f"{tensor.file}: tensor {name} is {tensor.dtype}; supported are {', '.join(_DTYPES)}")
+        if tensor.shape != leaf.stored_shape:
+            raise BadInput(f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}; by config.json it should "
+                           f"have {list(leaf.stored_shape)}")  # fmt: skip
+    for name, tensor in stored.items():
+        if name in needed or name.endswith(IGNORED):
+            continue
+        if config.tied_head and name == TABLE["lm_head", "kernel"][0]:
+            embed = stored[TABLE["embed",][0]]
+            if (tensor.dtype, tensor.shape) == (embed.dtype, embed.shape) and np.array_equal(tensor.map(), embed.map()):
+                continue
+            raise BadInput(f"{tensor.file}: tensor {name} is not the embedding, to which config.json ties the head; "
+                           "say there tie_word_embeddings=false")  # fmt: skip
+        raise BadInput(f"{tensor.file}: tensor {name} is not known; by config.json there is none")
+
+
+def _read_leaf(leaf: Leaf, tensors: list[_Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
+    """An array of the tree, or a quantised kernel: made empty, and filled layer by layer."""
+    layers = () if leaf.layers is None else (leaf.layers,)
+    shape, sharding = (*layers, *leaf.shape), NamedSharding(mesh, spec)
+    by_layer: Any
+    if int8 and leaf.is_kernel and layers:
+        of_scale = NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))
+        scale = jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32, device=of_scale)
+        by_layer = Quantised(jnp.zeros(shape, jnp.int8, device=sharding), scale)
+    else:
+        by_layer = jnp.zeros(shape, dtype, device=sharding)
+    shardings = jax.tree.map(lambda array: array.sharding, by_layer)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def place(by_layer: Any, tensor: jax.Array, layer: int) -> Any:
+        def put(into: jax.Array, one: jax.Array) -> jax.Array:
+            stack = into.reshape(-1, *one.shape)
+            return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0).reshape(into.shape)
+
+        ours = tensor.T if leaf.is_kernel else tensor
+        one = quantise(ours) if isinstance(by_layer, Quantised) else ours.astype(dtype)
+        return jax.tree.map(put, by_layer, one), jnp.isfinite(tensor).all()
+
+    of_one = tuple(spec)[len(layers) :]
+    as_stored = NamedSharding(mesh, P(*(of_one[::-1] if leaf.is_kernel else of_one)))
+    for layer, tensor in enumerate(tensors):
+        by_layer, finite = place(by_layer, tensor.on_device(as_stored), layer)
+        if not finite:  # asked of each, so that a tensor has gone before the next one comes
+            raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has numbers that are not finite; "
+                           "fetch it again")  # fmt: skip
+    return by_layer
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _as_stored(array: jax.Array | Quantised, transposed: bool, dtype: Any) -> jax.Array:
+    """A leaf of one layer as a checkpoint has it."""
+    if isinstance(array, Quantised):
+        array = array.values * array.scale
+    return (array.T if transposed else array).astype(dtype)
