@@ -28,6 +28,8 @@ NGRAM, SHORTEST = 13, 8
 SHINGLE, SIMILARITY = 5, 0.8
 #: What duplicates are dropped: none, exact ones, or near ones, too.
 DUPLICATES = ("none", "exact", "near")
+#: Why rows go. One is counted under the first that applies.
+REASONS = ("contamination", "exact duplicate", "near duplicate")
 
 _TEXTS = 10_000  # looked through at a time; bounds the memory
 
@@ -38,7 +40,7 @@ class Dropped:
 
     Attributes:
       row: itself.
-      reason: ``contamination``, ``exact duplicate`` or ``near duplicate``.
+      reason: one of ``REASONS``.
       like: the row, or the evaluation prompt, that it repeats.
       matched: the words that both have, or how similar they are.
     """
