@@ -264,6 +264,10 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         text = _text(file.read(), path, 1)
     opening = re.match(r'\s*(\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?=\{))', text)
     if opening is None:
+        try:
+            json.loads(text.strip().partition("\n")[0] or "{}")
+        except (json.JSONDecodeError, RecursionError):
+            raise BadInput(f"{path}: is no list of records, no object of them, and no JSON lines") from None
         yield from _json_lines(path)
         return
     keyed = opening[1] != "["

@@ -149,6 +149,8 @@ def test_mistakes(tmp_path):
     assert said().startswith(f"{tmp_path / 'tokenizer.json'}: cannot be read as a tokenizer: ")
     write_tokenizer(tmp_path, character_tokenizer("ab", ("</s>",)), eos_token="<|end|>")
     assert said() == f"{tmp_path / 'tokenizer_config.json'}: its eos_token '<|end|>' is not in tokenizer.json"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": {"x": 1}}')
+    assert said() == f"{tmp_path / 'tokenizer_config.json'}: its chat_template must be a string"
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     assert said() == f"{tmp_path / 'tokenizer_config.json'}: must be a JSON object"
     (tmp_path / "tokenizer_config.json").write_text("{")
