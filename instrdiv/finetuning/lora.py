@@ -23,6 +23,7 @@ import numpy as np
 
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.llama import BLOCK_LINEAR, Quantised
+from instrdiv.finetuning.weights import leaves
 from instrdiv.results import replacing
 from instrdiv.settings import BadInput
 
@@ -74,18 +75,8 @@ class Lora:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """(L, in, out) of every linear layer of a model; a tied head is none."""
-    attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    sizes = {
-        "q_proj": (config.width, attention),
-        "k_proj": (config.width, kv),
-        "v_proj": (config.width, kv),
-        "o_proj": (attention, config.width),
-        "gate_proj": (config.width, config.mlp_width),
-        "up_proj": (config.width, config.mlp_width),
-        "down_proj": (config.mlp_width, config.width),
-    }
-    shapes = {name: (config.layers, *size) for name, size in sizes.items()}
-    return shapes if config.tied_head else shapes | {"lm_head": (1, config.width, config.vocab_size)}
+    kernels = [leaf for leaf in leaves(config) if leaf.is_kernel]
+    return {leaf.path[-2]: (leaf.layers or 1, leaf.shape[0], leaf.shape[1]) for leaf in kernels}
 
 
 def scales(loras: Sequence[Lora]) -> np.ndarray:
@@ -179,8 +170,6 @@ def merge(weights: Mapping[str, Any], lora: Lora, adapter: Adapter, dtype: Any =
     return {**weights, "layers": layers, **head}
 
 
-#: What PEFT names a linear layer, after ``base_model.model.``.
-_PLACES = {name: "self_attn" for name in BLOCK_LINEAR[:4]} | {name: "mlp" for name in BLOCK_LINEAR[4:]}
 #: Options that do not change what a trained adapter computes.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "lora_alpha"),
@@ -195,13 +184,11 @@ _ALLOWED = {
 }
 
 
-def _tensor_names(config: ModelConfig, name: str) -> list[tuple[str, str]]:
+def _tensor_names(config: ModelConfig, target: str) -> list[tuple[str, str]]:
     """PEFT's names of the a and b of every layer of a target."""
-    if name == "lm_head":
-        stems = ["lm_head"]
-    else:
-        stems = [f"model.layers.{layer}.{_PLACES[name]}.{name}" for layer in range(config.layers)]
-    return [(f"base_model.model.{stem}.lora_A.weight", f"base_model.model.{stem}.lora_B.weight") for stem in stems]
+    (leaf,) = [leaf for leaf in leaves(config) if leaf.path[-2:] == (target, "kernel")]
+    stems = [f"base_model.model.{name.removesuffix('.weight')}" for name in leaf.names()]
+    return [(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") for stem in stems]
 
 
 def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, base: str | None = None) -> None:

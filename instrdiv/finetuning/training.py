@@ -30,6 +30,7 @@ from instrdiv.checkpoints import stacked_state
 from instrdiv.finetuning import llama, lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter, Lora
+from instrdiv.finetuning.packing import Packed
 from instrdiv.optimizers import rate_at
 from instrdiv.population import ExampleOrder, padded_size, put
 from instrdiv.results import plain
@@ -361,7 +362,7 @@ class AdapterTrainer:
         config: ModelConfig,
         weights: Mapping[str, Any],
         members: Sequence[AdapterMember],
-        data: Sequence[Any],
+        data: Sequence[Packed],
         recipe: Recipe,
         mesh: Mesh,
         restored: tuple[int, dict[str, np.ndarray]] | None = None,
@@ -384,8 +385,8 @@ class AdapterTrainer:
 
         self._by_member = NamedSharding(mesh, P("member"))
         numbers = MemberData(
-            scale=lora.scales([member.lora for member in everyone]),
-            learning_rate=np.array([member.learning_rate for member in everyone], np.float32),
+            scale=jnp.asarray(lora.scales([member.lora for member in everyone])),
+            learning_rate=jnp.asarray([member.learning_rate for member in everyone], jnp.float32),
         )
         self.data: MemberData = put(numbers, mesh, P("member"))
         self.weights = jax.tree.map(self._placed, weights)
@@ -461,7 +462,7 @@ class AdapterTrainer:
 
 
 def check(
-    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Any], recipe: Recipe, mesh: Mesh
+    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Packed], recipe: Recipe, mesh: Mesh
 ) -> None:
     """Raises BadInput unless members, data and layout fit one another and the base. Cheap, but reads the tokens."""
     recipe.validate()
@@ -482,6 +483,8 @@ def check(
     lengths = {rows.tokens.shape[1] for rows in data}
     if len(lengths) > 1:
         raise BadInput(f"rows are {' and '.join(map(str, sorted(lengths)))} tokens long: pack all members' data alike")
+    if len({name for rows in data for name in rows.source_names}) > 127:
+        raise BadInput("the data have more than 127 sources; give some of them one name")
     for number, rows in enumerate(data):
         if any(rows is other for other in data[:number]):
             continue

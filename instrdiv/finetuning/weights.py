@@ -243,16 +243,9 @@ class _Stored(NamedTuple):
         return np.asarray(np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape))
 
     def on_device(self, sharding: Sharding) -> jax.Array:
-        """The tensor as it is, each device's part read by itself. Raises BadInput where a number is not finite."""
+        """The tensor as it is, each device's part read by itself."""
         mapped = self.map()
-
-        def part(index: Any) -> np.ndarray:
-            if not np.isfinite(mapped[index]).all():
-                raise BadInput(f"{self.file}: is damaged: its tensor {self.name} has numbers that are not finite; "
-                               "fetch it again")  # fmt: skip
-            return mapped[index]
-
-        return jax.make_array_from_callback(self.shape, sharding, part)
+        return jax.make_array_from_callback(self.shape, sharding, lambda index: mapped[index])
 
 
 def _stored_tensors(directory: Path) -> dict[str, _Stored]:
@@ -359,28 +352,36 @@ def _read_leaf(leaf: Leaf, tensors: list[_Stored], dtype: Any, mesh: Mesh, spec:
     """An array of the tree, or a quantised kernel: made empty, and filled layer by layer."""
     layers = () if leaf.layers is None else (leaf.layers,)
     shape, sharding = (*layers, *leaf.shape), NamedSharding(mesh, spec)
-    by_layer: Any = jnp.zeros(shape, dtype, device=sharding)
+    by_layer: Any
     if int8 and leaf.is_kernel and layers:
         of_scale = NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))
         scale = jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32, device=of_scale)
         by_layer = Quantised(jnp.zeros(shape, jnp.int8, device=sharding), scale)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, by_layer))
-    def place(by_layer: Any, tensor: jax.Array, layer: int) -> Any:
-        def put(into: jax.Array, one: jax.Array) -> jax.Array:
-            stack = into.reshape(-1, *one.shape)
-            return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0).reshape(into.shape)
-
-        ours = tensor.T if leaf.is_kernel else tensor
-        one = quantise(ours) if isinstance(by_layer, Quantised) else ours.astype(dtype)
-        return jax.tree.map(put, by_layer, one)
-
+    else:
+        by_layer = jnp.zeros(shape, dtype, device=sharding)
+    shardings = jax.tree.map(lambda array: array.sharding, by_layer)
     of_one = tuple(spec)[len(layers) :]
     as_stored = NamedSharding(mesh, P(*(of_one[::-1] if leaf.is_kernel else of_one)))
     for layer, tensor in enumerate(tensors):
-        # Waited for, so that the next tensor is not there before this one has gone.
-        by_layer = jax.block_until_ready(place(by_layer, tensor.on_device(as_stored), layer))
+        placed = tensor.on_device(as_stored)
+        by_layer, finite = _place(by_layer, placed, layer, transposed=leaf.is_kernel, shardings=shardings)
+        if not finite:  # asked of each, so that a tensor has gone before the next one comes
+            raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has numbers that are not finite; "
+                           "fetch it again")  # fmt: skip
     return by_layer
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("transposed", "shardings"))
+def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bool, shardings: Any) -> Any:
+    """The leaf with a tensor of the file in its layer's place; and whether all its numbers are finite."""
+
+    def put(into: jax.Array, one: jax.Array) -> jax.Array:
+        stack = into.reshape(-1, *one.shape)
+        return jax.lax.dynamic_update_index_in_dim(stack, one.astype(into.dtype), layer, 0).reshape(into.shape)
+
+    ours = tensor.T if transposed else tensor
+    one = quantise(ours) if isinstance(by_layer, Quantised) else ours
+    return jax.lax.with_sharding_constraint(jax.tree.map(put, by_layer, one), shardings), jnp.isfinite(tensor).all()
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
