@@ -73,6 +73,20 @@ def test_prompt_and_response_have_the_tokens_of_generation(tmp_path, kind, templ
             assert theirs.decode(before + ids).removeprefix("x") == f"{around}{response}{around}{end}"
 
 
+def test_a_text_that_begins_itself_gets_no_second_beginning(tmp_path):
+    """A chat template writes the bos token or leaves it out; a named format gets what the tokenizer puts first."""
+    tokenizer, row = Tokenizer.load(byte_level(tmp_path / "byte")), [Row("Who?", "The fox")]
+    begin = tokenizer.token_id("<|begin|>")
+    for bos, times in (("{{ bos_token }}", 1), ("", 0)):
+        path = tmp_path / "own.jinja"
+        path.write_text(bos + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+        template = make_template(str(path), tokenizer)
+        (example,), (prompt,) = tokenise(row, template, tokenizer), prompt_tokens(row, template, tokenizer)
+        assert example.tokens.tolist().count(begin) == prompt.count(begin) == times
+    (example,) = tokenise(row, make_template("plain", tokenizer), tokenizer)
+    assert example.tokens.tolist().count(begin) == 1 and example.tokens[0] == begin
+
+
 def test_written_special_tokens_are_noticed(tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "byte"))
     rows = [Row("a", "b"), Row("a", "b <|end|> c"), Row("a", "b", turns=(("<|pad|>", "c"),))]
@@ -126,6 +140,10 @@ def test_nothing_is_lost_but_what_the_report_says(made, length, several):
         assert not packed.loss_mask[row, padding].any() and not packed.positions[row, padding].any()
     expected = [(e.tokens[:length].tolist(), e.loss_mask[:length].tolist(), e.source) for e in kept]
     assert sorted(found) == sorted(expected)
+    # Rows, and the examples within each, come in the order in which the examples came.
+    order = iter([expected.index(example) for example in found])
+    rows = [[next(order) for _ in range(segments.max())] for segments in packed.segments]
+    assert rows == sorted(map(sorted, rows))
     if several:  # no two rows would fit into one
         filled = (packed.segments > 0).sum(1)
         assert all(a + b > length for a, b in itertools.combinations(filled, 2))

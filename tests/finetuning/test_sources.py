@@ -82,7 +82,7 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path):
         assert {row.source for row in rows} == {"same"}
     assert rows[1400].where == f"{paths[-1]}: row 1401"
     written(paths[-1], b"PAR1 not at all")
-    with pytest.raises(BadInput, match="table.parquet: cannot be read as Parquet: "):
+    with pytest.raises(BadInput, match=r"table.parquet: cannot be read as Parquet: "):
         list(read_rows(paths[-1]))
     *_, row = read_rows(tmp_path / "pretty.json")
     assert row.where == f"{tmp_path / 'pretty.json'}: row 1500, line {2 + 4 * 1499}"
