@@ -28,7 +28,7 @@ def answers(
     new_tokens: int,
     mesh: Mesh,
     adapters: Mapping[str, Any] | None = None,
-    scale: np.ndarray | None = None,
+    scale: Any = None,
     precision: str = "float32",
     at_once: int = 128,
 ) -> list[list[str]]:
@@ -60,10 +60,11 @@ def answers(
     places = max(len(prompt) for of_member in prompts_of.values() for prompt in of_member)
     if adapters is not None:
         over_members = NamedSharding(mesh, P("member"))
-        adapters, scale = jax.tree.map(
-            lambda leaf: jax.device_put(np.concatenate([leaf, leaf[:1].repeat(idle, 0)]), over_members),
-            (adapters, scale),
-        )
+
+        def placed(leaf: Any) -> jax.Array:
+            return jax.device_put(np.concatenate([leaf, leaf[:1].repeat(idle, 0)]), over_members)
+
+        adapters, scale = jax.tree.map(placed, adapters), placed(scale)
 
     found: list[list[str]] = [[] for _ in tests]
     for first in range(0, count, at_once):

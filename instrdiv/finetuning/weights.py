@@ -368,25 +368,28 @@ def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: 
     else:
         by_layer = jnp.zeros(shape, dtype, device=sharding)
     shardings = jax.tree.map(lambda array: array.sharding, by_layer)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def place(by_layer: Any, tensor: jax.Array, layer: int) -> Any:
-        def put(into: jax.Array, one: jax.Array) -> jax.Array:
-            stack = into.reshape(-1, *one.shape)
-            return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0).reshape(into.shape)
-
-        ours = tensor.T if leaf.is_kernel else tensor
-        one = quantise(ours) if isinstance(by_layer, Quantised) else ours.astype(dtype)
-        return jax.tree.map(put, by_layer, one), jnp.isfinite(tensor).all()
-
     of_one = tuple(spec)[len(layers) :]
     as_stored = NamedSharding(mesh, P(*(of_one[::-1] if leaf.is_kernel else of_one)))
     for layer, tensor in enumerate(tensors):
-        by_layer, finite = place(by_layer, tensor.on_device(as_stored), layer)
+        placed = tensor.on_device(as_stored)
+        by_layer, finite = _place(by_layer, placed, layer, transposed=leaf.is_kernel, shardings=shardings)
         if not finite:  # asked of each, so that a tensor has gone before the next one comes
             raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has numbers that are not finite; "
                            "fetch it again")  # fmt: skip
     return by_layer
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("transposed", "shardings"))
+def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bool, shardings: Any) -> Any:
+    """The leaf with a tensor of the file in its layer's place; and whether all its numbers are finite."""
+
+    def put(into: jax.Array, one: jax.Array) -> jax.Array:
+        stack = into.reshape(-1, *one.shape)
+        return jax.lax.dynamic_update_index_in_dim(stack, one.astype(into.dtype), layer, 0).reshape(into.shape)
+
+    ours = tensor.T if transposed else tensor
+    one = quantise(ours) if isinstance(by_layer, Quantised) else ours
+    return jax.lax.with_sharding_constraint(jax.tree.map(put, by_layer, one), shardings), jnp.isfinite(tensor).all()
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
