@@ -223,8 +223,8 @@ def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, 
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "adapter_model.safetensors", "wb") as file:
         file.write(header_of({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}))
-        for tensor in tensors.values():
-            file.write(tensor.data)
+        for stored in tensors.values():
+            file.write(stored.data)
     with replacing(out / "adapter_config.json") as file:
         json.dump(said, file, indent=2)
         file.write("\n")
