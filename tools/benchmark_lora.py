@@ -145,7 +145,6 @@ class World:
 
     Attributes:
       members, rows: see above.
-      weights: of the base, by whether it is in eight bits; all of ours that have it share it.
       memory: bytes of the bases, and of what each of ours added to them, by its kind.
     """
 
@@ -162,8 +161,21 @@ class World:
         response = positions >= scale.places // 2
         segments, sources = np.ones(shape, np.int32), np.zeros(shape, np.int8)
         self.rows = Packed(tokens, positions, segments, response, sources, ("random",))
-        self.weights = {int8: self._random_weights(int8) for int8 in (False, True)}
-        self.memory: dict[str, Any] = {_base(int8): _size(self.weights[int8]) for int8 in (False, True)}
+        self.memory: dict[str, Any] = {}
+        self._weights: dict[bool, Mapping[str, Any]] = {}
+
+    def weights(self, int8: bool) -> Mapping[str, Any]:
+        """The base, made when it is first asked for; all of ours that have it share it. Raises NotRun."""
+        if int8 not in self._weights:
+            config, dtype = self.scale.config, jnp.dtype(self.scale.precision)
+            kernels = sum(math.prod(shape) for shape in linear_shapes(config).values())
+            # Made leaf by leaf: a fifth for the largest of them, while it is made.
+            needed = 1.2 * (config.vocab_size * config.width + kernels) * (1 if int8 else dtype.itemsize)
+            if (free := _free_bytes()) < needed:
+                raise NotRun(f"not run: the base needs {in_bytes(needed)}, {in_bytes(free)} of memory are free")
+            self._weights[int8] = self._random_weights(int8)
+            self.memory[_base(int8)] = _size(self._weights[int8])
+        return self._weights[int8]
 
     def _random_weights(self, int8: bool) -> Mapping[str, Any]:
         """Random weights on the first device, in the compute precision; the kernels of the blocks in eight bits."""
@@ -197,11 +209,19 @@ class World:
             schedule="constant",
         )
         rows = [self.rows] * members
-        return AdapterTrainer(scale.config, self.weights[int8], self.members[:members], rows, recipe, make_mesh())
+        return AdapterTrainer(scale.config, self.weights(int8), self.members[:members], rows, recipe, make_mesh())
 
 
 def _base(int8: bool) -> str:
     return "base_int8" if int8 else "base"
+
+
+def _free_bytes() -> float:
+    """Of the first device's memory; infinite where nothing tells."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def _size(tree: Any) -> int:
@@ -214,6 +234,7 @@ def ours(world: World, members: int, int8: bool) -> Contender:
     kind = ("population" if together else "one_at_a_time") + ("_int8" if int8 else "")
 
     def set_up() -> Ready:
+        world.weights(int8)
         before = _size(jax.live_arrays())
         trainer = world.trainer(members, int8)
         trainer.program, seconds = compile_program(trainer.program, *trainer.chunk_arguments())

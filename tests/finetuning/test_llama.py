@@ -32,9 +32,9 @@ def test_the_logits_are_the_same(pair):
         np.testing.assert_allclose(padded, pair.their_logits(tokens, attended)[attended], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pieces", [[PLACES], [PLACES // 2, *[1] * 9, PLACES // 2 - 9], [3, PLACES - 3]])
-def test_a_cache_changes_nothing(pair, pieces):
+def test_a_cache_changes_nothing(pair):
     tokens, _, _ = random_rows()
+    pieces = [20, *[1] * 13, 15]
     np.testing.assert_allclose(pair.our_cached_logits(tokens, pieces), pair.our_logits(tokens), atol=1e-4, rtol=0)
 
 
@@ -97,7 +97,9 @@ def test_what_sets_a_family_apart_is_seen_in_these_rows(tmp_path, family, change
     assert np.abs(changed.our_logits(tokens) - pair.our_logits(tokens)).max() > 1e-2
 
 
-def test_rows_that_are_packed_do_not_see_each_other(pair):
+@pytest.mark.parametrize("family", ["Llama-3.1", "Qwen2.5"])
+def test_rows_that_are_packed_do_not_see_each_other(tmp_path, family):
+    pair = Pair.make(family, tmp_path)
     tokens = random_rows()[0][:1]
     lengths = [20, 5, PLACES - 30]  # and five places of padding
     segments = np.repeat([1, 2, 3, 0], [*lengths, 5])[None].astype(np.int32)
@@ -111,7 +113,8 @@ def test_rows_that_are_packed_do_not_see_each_other(pair):
         start += length
 
 
-def test_rematerialised_layers_have_the_same_gradients(pair):
+def test_rematerialised_layers_have_the_same_gradients(tmp_path):
+    pair = Pair.make("CodeQwen1.5", tmp_path)
     tokens = jnp.asarray(random_rows()[0][:, :9], jnp.int32)
     rows = Rows(tokens, jnp.broadcast_to(jnp.arange(9), tokens.shape), jnp.ones_like(tokens))
 

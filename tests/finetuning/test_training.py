@@ -1,6 +1,7 @@
 """Training adapters: PyTorch with PEFT is the oracle; a population is its members, however it is laid out."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.checkpoints import named_leaves
 from instrdiv.finetuning import lora, training
+from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Batch, Recipe, make_mesh
-from instrdiv.finetuning.weights import partition_specs
+from instrdiv.finetuning.weights import partition_specs, quantise
 from instrdiv.settings import BadInput
 from tests.finetuning import worlds
 
@@ -228,6 +230,23 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
     kernel = one.weights["layers"]["up_proj"]["kernel"]
     parts = tensor_parallel * (devices // tensor_parallel if fsdp else 1)
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
+    if fsdp and tensor_parallel == 1:
+        # A kernel is gathered where its layer is, never those of all layers at once.
+        text = trainer(mesh=mesh, weights=weights).program.lower(*one.chunk_arguments()).compile().as_text()
+        gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
+        assert "16,24" in gathered and all(shape.count(",") == 1 for shape in gathered)
+
+
+def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
+    weights = worlds.weights()
+    blocks = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    eight = weights | {"layers": blocks}
+    meant = lora.merge(eight, MEMBERS[0].lora, {}, jnp.float32)
+    metrics, one = trained(MEMBERS[:1], DATA[:1], weights=eight)
+    expected, _ = trained(MEMBERS[:1], DATA[:1], weights=meant)
+    np.testing.assert_allclose(metrics.losses, expected.losses, rtol=1e-4)
+    assert one.weights["layers"]["q_proj"]["kernel"].values.dtype == jnp.int8
+    assert np.abs(metrics.losses - trained(MEMBERS[:1], DATA[:1])[0].losses).max() > 1e-3
 
 
 def test_training_is_what_pytorch_and_peft_do(tmp_path):
