@@ -303,10 +303,10 @@ def make_data(preset: Preset, mixtures: Sequence[Mixture], base: Base, say: Call
         pack([examples[place] for place in of_member], preset.max_length, pad, several=not FLAGS.unpacked)
         for of_member in places.values()
     ]
-    asked_rows = list(itertools.chain(*held_out.values()))
-    asked, _ = pack(tokenise(asked_rows, template, base.tokenizer), preset.max_length, pad)
+    held_out_rows = list(itertools.chain(*held_out.values()))
+    held_out_packed, _ = pack(tokenise(held_out_rows, template, base.tokenizer), preset.max_length, pad)
     for name in held_out:
-        if name not in asked.source_names:
+        if name not in held_out_packed.source_names:
             raise BadInput(
                 f"--max_length={preset.max_length}: no response of a held-out row of {name} begins within it"
             )
@@ -314,8 +314,8 @@ def make_data(preset: Preset, mixtures: Sequence[Mixture], base: Base, say: Call
         chosen={key: [training[name][row] for name, row in of_member] for key, of_member in places.items()},
         packed=[packed for packed, _ in made],
         reports=[report for _, report in made],
-        held_out_rows=asked_rows,
-        held_out=asked,
+        held_out_rows=held_out_rows,
+        held_out=held_out_packed,
         kept=kept,
         dropped=dropped,
         empty=empty or [],

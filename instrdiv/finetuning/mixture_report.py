@@ -6,6 +6,7 @@ became of every member's rows. The picture and the page are made from these file
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,10 +53,9 @@ def summary(results: Sequence[Row]) -> dict[tuple[str, str], tuple[Interval, Int
     found: dict[tuple[str, str], tuple[Interval, Interval]] = {}
     for mixture, source in dict.fromkeys((row["mixture"], row["source"]) for row in results):
         rows = [row for row in results if (row["mixture"], row["source"], row["status"]) == (mixture, source, "ok")]
-        found[mixture, source] = (
-            mean_interval([row["loss"] for row in rows]),
-            mean_interval([row["less_than_base"] for row in rows]),
-        )
+        loss, less = (mean_interval([row[name] for row in rows]) for name in ("loss", "less_than_base"))
+        # A loss cannot be below 0; a t-interval can.
+        found[mixture, source] = dataclasses.replace(loss, low=max(loss.low, 0.0)), less
     return found
 
 
