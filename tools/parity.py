@@ -120,9 +120,9 @@ class Pair:
             if name.endswith("norm.weight"):
                 parameter.data = 1 + 0.3 * noise
             elif "proj" in name and noise.ndim == 2:  # large, and the rest small, so that what is said varies
-                parameter.data = 1.5 * noise / parameter.shape[-1] ** 0.5
+                parameter.data = 1.3 * noise / parameter.shape[-1] ** 0.5
             else:
-                parameter.data = (0.5 if "head" in name else 0.2) * noise
+                parameter.data = 0.2 * noise
         theirs.save_pretrained(path, **save)
         config = ModelConfig.from_json(path)
         return cls(theirs, path, config, read_weights(path, config))
