@@ -144,10 +144,6 @@ def result_row(who: Row, member: Member, split: str, slice: str, right: int, tes
     )
 
 
-def status_of(diverged_at: int) -> str:
-    return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
-
-
 class Evaluator:
     """Counts exact matches of a trainer's members, slice by slice."""
 

@@ -17,15 +17,16 @@ class StopRequest:
 
     Args:
       on_request: called with a line for the user, from the signal handler.
+      overwrites: the command says --overwrite, which must be left out to go on.
 
     Python allows handlers in the main thread alone: elsewhere this does nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, on_request: Callable[[str], None]):
+    def __init__(self, on_request: Callable[[str], None], overwrites: bool = False):
         self.requested = False
-        self._on_request = on_request
+        self._on_request, self._overwrites = on_request, overwrites
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,6 +38,12 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
+
+    def leave_if_asked(self, where: str) -> None:
+        """Raises Interrupted, if that was asked for. To be called where everything up to ``where`` is on disk."""
+        if self.requested:
+            command = "The same command, without --overwrite," if self._overwrites else "The same command"
+            raise Interrupted(f"stopped and saved: {where}. {command} goes on from there")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -112,21 +112,21 @@ def launch(figure: Figure) -> None:
     define_setting_flags(swept)
     factors = list(dict.fromkeys(name for preset in figure.presets.values() for name in preset.factors))
     if factors:
-        _define(ListParser(_enum(factors)), "factor", "what is varied (default: all that the preset has)")
+        define(ListParser(_enum(factors)), "factor", "what is varied (default: all that the preset has)")
     whole = NumberParser(int, low=1)
-    _define(whole, "seeds", "models a setting (default: the preset's)")
-    _define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
-    _define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
-    _define(whole, "data_parallel", "devices that share one member's batch", default=1)
-    _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
-    _define(_enum(ATTENTION), "attention", "how attention is computed (default: plain)")
-    _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
+    define(whole, "seeds", "models a setting (default: the preset's)")
+    define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
+    define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
+    define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
+    define(whole, "data_parallel", "devices that share one member's batch", default=1)
+    define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
+    define(_enum(ATTENTION), "attention", "how attention is computed (default: plain)")
+    define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
     define_switch("dry_run", "say what it would take, and stop")
     define_switch("overwrite", "start anew in a directory that holds another run")
     minutes = NumberParser(float, low=0)
-    _define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
-    _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
+    define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
+    define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
 
     def main() -> None:
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
@@ -232,10 +232,10 @@ def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:
     flags.DEFINE_enum("preset", "laptop", list(names), "how large a world, a model and a budget")
 
 
-def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None:
-    """One flag ``--config.<field>`` a field of ``Setting``; those in ``swept`` take a list."""
-    types_of = typing.get_type_hints(Setting)
-    for field in sorted(dataclasses.fields(Setting), key=lambda field: field.name):
+def define_setting_flags(swept: set[str] | frozenset[str] = frozenset(), of: type = Setting) -> None:
+    """One flag ``--config.<field>`` a field of the dataclass ``of``; those in ``swept`` take a list."""
+    types_of = typing.get_type_hints(of)
+    for field in sorted(dataclasses.fields(of), key=lambda field: field.name):
         parser = _parser_for(types_of[field.name], field.metadata["choices"])
         text = field.metadata["help"]
         if field.name in swept:
@@ -243,12 +243,12 @@ def define_setting_flags(swept: set[str] | frozenset[str] = frozenset()) -> None
                 parser = ListParser(parser.item, separators="+")
             parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
         default = "" if "(default: " in text else " (default: the preset's)"
-        _define(parser, f"config.{field.name}", text + default)
+        define(parser, f"config.{field.name}", text + default)
 
 
-def setting_flags() -> dict[str, Any]:
-    """The fields of ``Setting`` that were given as flags."""
-    names = [field.name for field in dataclasses.fields(Setting)]
+def setting_flags(of: type = Setting) -> dict[str, Any]:
+    """The fields of the dataclass ``of`` that were given as flags."""
+    names = [field.name for field in dataclasses.fields(of)]
     return {name: value for name in names if (value := FLAGS[f"config.{name}"].value) is not None}
 
 
@@ -330,7 +330,7 @@ class _BoolParser(flags.ArgumentParser):
         return value
 
 
-def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
+def define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
     flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
 
 
@@ -385,10 +385,15 @@ def _judge(figure: Figure, results: Sequence[Row]) -> list[thresholds.Claim] | N
         claims = [thresholds.Claim("every model trained to its end", False, f"{len(lost)} diverged")]
     else:
         claims = figure.claims(results)
+    print_claims(claims)
+    return claims
+
+
+def print_claims(claims: Sequence[thresholds.Claim]) -> None:
+    """What holds, what does not, and the verdict."""
     for claim in claims:
         print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
     print(f"verdict: {thresholds.verdict(claims)}")
-    return claims
 
 
 def _fail(message: str) -> typing.NoReturn:

@@ -6,6 +6,7 @@ a command reaches a page unescaped. The same files give the same bytes.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import shlex
@@ -69,6 +70,11 @@ def labelled_thresholds(rows: Sequence[Row], fields: Sequence[str]) -> list[tupl
     others = [name for name in fields if name != "instructions"]
     found = thresholds.by_setting(thresholds.select(rows, "unseen", "has_op"), others)
     return [(setting_label(others, key), threshold) for key, threshold in found.items() if len(threshold.values) > 1]
+
+
+def data_uri(picture: Path) -> str:
+    """A PNG as part of a page."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def duration(seconds: float) -> str:

@@ -83,10 +83,15 @@ def new_figure(width: float, height: float, title: str | None = None):
 
 
 def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str) -> None:
-    """Adds the caption, with ``notes`` as lines of its own, and writes ``.png`` and ``.pdf``, byte-identical for
-    identical tables; without a path, writes nothing."""
+    """Saves a figure with the caption of its table, and with ``notes`` as lines of their own."""
+    save(figure, "\n".join((caption(results), *notes)), path_stem)
+
+
+def save(figure, text: str, path_stem: Path | None) -> None:
+    """Adds a caption and writes ``.png`` and ``.pdf``, byte-identical for identical figures; without a path, writes
+    nothing."""
     letters = int(15 * figure.get_figwidth())  # that fit into a line
-    lines = [line for part in (caption(results), *notes) for line in part.splitlines()]
+    lines = text.splitlines()
     text = "\n".join(textwrap.fill(line, letters) for line in lines)
     figure.supxlabel(text, fontsize=8.5, color="#444444", x=0.02, ha="left")
     if path_stem is not None:

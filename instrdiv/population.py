@@ -24,7 +24,7 @@ from instrdiv.rewriting.rules import FamilyTooSmall, RuleSource, RuleTable
 from instrdiv.settings import BadInput, Member, Setting, StaticFields
 
 #: Uses of randomness that must not share keys; folded into a key with the seed.
-EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM = range(5)
+EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM, ENCRYPTED_STREAM = range(6)
 
 
 @struct.dataclass

@@ -45,7 +45,13 @@ class Reporter:
             self._live.stop()
 
     def report(
-        self, examples: int, seconds: float | None, tokens_per_example: int, exact_match: Sequence[float], where: str
+        self,
+        examples: int,
+        seconds: float | None,
+        tokens_per_example: int,
+        values: Sequence[float],
+        where: str,
+        what: str = "unseen_dev exact match",
     ) -> None:
         """One report.
 
@@ -53,12 +59,13 @@ class Reporter:
           examples: examples trained on since the last report, members counted.
           seconds: how long they took; None where compilation was part of it.
           tokens_per_example: to say tokens/s.
-          exact_match: of every member on unseen_dev.
+          values: of every member.
           where: such as "step 40 of 600".
+          what: the values are.
         """
         self._done += examples
-        spread = "/".join(f"{value:.2f}" for value in _spread(exact_match))
-        parts = [f"unseen_dev exact match {spread} (min/median/max)"]
+        spread = "/".join(f"{value:.2f}" for value in _spread(values))
+        parts = [f"{what} {spread} (min/median/max)"]
         if seconds:
             rate = f"{examples / seconds:,.0f} examples/s, {examples * tokens_per_example / seconds:,.0f} tokens/s"
             parts = [f"ETA {_duration((self._total - self._done) * seconds / examples)}", rate, *parts]

@@ -5,7 +5,6 @@ Numbers and coordinates are computed here; ``report.html.jinja`` writes all mark
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import difflib
 import functools
@@ -19,6 +18,7 @@ from typing import Any
 from instrdiv import thresholds
 from instrdiv.pages import (
     READ_OF_RESULTS,
+    data_uri,
     duration,
     in_words,
     labelled_thresholds,
@@ -72,7 +72,7 @@ def write_report(
     run = _Tables(run_dir)
     page = {
         "asked": _asked(run),
-        "picture": _picture(run_dir / "figure.png"),
+        "picture": data_uri(picture) if (picture := run_dir / "figure.png").exists() else None,
         "numbers": _numbers(run_dir / "figure.csv"),
         "claims": claims,
         "verdict": None if claims is None else thresholds.verdict(claims),
@@ -170,13 +170,6 @@ def _asked(run: _Tables) -> dict[str, Any]:
         "chosen": fixed[False],
         "default": fixed[True],
     }
-
-
-def _picture(path: Path) -> str | None:
-    """The picture as a data URI."""
-    if not path.exists():
-        return None
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _numbers(path: Path) -> dict[str, Any] | None:

@@ -54,6 +54,16 @@ TIMING_COLUMNS = (
 )
 
 
+def status_of(diverged_at: int) -> str:
+    """What tables say of a member that was frozen at a step, or (-1) was not."""
+    return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
+
+
+def shortest(value: Any) -> float:
+    """The float whose repr has only the digits that a float32 has."""
+    return float(str(value))
+
+
 def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     """Writes a CSV whole or not at all (a temporary file, then a rename)."""
     with replacing(path) as file:

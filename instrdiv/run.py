@@ -15,6 +15,7 @@ import numpy as np
 
 from instrdiv import plots, tensorboard, thresholds
 from instrdiv.checkpoints import Schedule
+from instrdiv.chunks import ChunkLoop, Saving, Work
 from instrdiv.evaluation import (
     SLICES,
     Evaluator,
@@ -23,14 +24,13 @@ from instrdiv.evaluation import (
     make_test_set,
     piece_size,
     result_row,
-    status_of,
 )
-from instrdiv.interruption import Interrupted, StopRequest
+from instrdiv.interruption import StopRequest
 from instrdiv.planning import Plan, make_plan
 from instrdiv.population import Group, RulePools, make_groups, make_mesh
 from instrdiv.probing import choose_block, peak_device_bytes, peak_host_bytes
 from instrdiv.progress import Reporter
-from instrdiv.results import Row, read_table, varying
+from instrdiv.results import Row, read_table, shortest, status_of, varying
 from instrdiv.rewriting.rules import resemblance
 from instrdiv.saved import Cohort, RunDirectory, SavedRun, number_groups
 from instrdiv.settings import BadInput
@@ -141,8 +141,8 @@ def run(
         rules = {member.id: pools.of(member).digest for member in sweep.members}
         directory.write_provenance(rule_digests=rules)
         reporter = stack.enter_context(_reporter(groups, progress))
-        launch = _Launch(sweep, pools, reporter, schedule, directory, overwrite=overwrite)
-        launch.stop = stack.enter_context(StopRequest(reporter.note))
+        launch = _Launch(sweep, pools, reporter, schedule, directory)
+        launch.stop = stack.enter_context(StopRequest(reporter.note, overwrite))
         if tensorboard.available():
             launch.curves = stack.enter_context(TensorBoard(directory.path / "tensorboard", directory.sweep.members))
             launch.curves.write([row for row in directory.read_metrics() if row["group"] in done])
@@ -181,7 +181,6 @@ class _Launch:
     directory: RunDirectory | None = None
     stop: StopRequest | None = None
     curves: TensorBoard | None = None
-    overwrite: bool = False
 
     def train(self, groups: Sequence[tuple[Group, Options]], keep_params: bool) -> Run:
         """Trains and tests groups, one after another."""
@@ -200,9 +199,8 @@ class _Launch:
 
     def stop_if_asked(self, where: str) -> None:
         """Leaves, if that was asked for. To be called where everything up to ``where`` is on disk."""
-        if self.stop and self.stop.requested:
-            command = "The same command, without --overwrite," if self.overwrite else "The same command"
-            raise Interrupted(f"stopped and saved: {where}. {command} goes on from there")
+        if self.stop:
+            self.stop.leave_if_asked(where)
 
 
 def _read_back(saved: SavedRun, keep_params: bool, params: dict[str, Any] | None = None) -> Run:
@@ -283,68 +281,35 @@ class _GroupRun:
         return self.evaluator.pieces(tests)
 
     def train(self) -> None:
-        """Chunk after chunk; the results of one are read while the next one runs, unless it is to be saved."""
-        trainer, config = self.trainer, self.group.config
+        """Chunk after chunk, each followed by the tests on unseen_dev."""
+        trainer, group, config = self.trainer, self.group, self.group.config
         if trainer.step == config.steps:
             return
-        self.reporter.working(f"group {self.group.name}: compiling for {len(self.group.members)} members")
+        self.reporter.working(f"group {group.name}: compiling for {len(group.members)} members")
         dev = list(self._test_pieces("unseen_dev"))
-        pending, self._clock, self._compiling = None, time.monotonic(), True
+
+        def measure(metrics: StepMetrics) -> tuple:
+            # A copy: the state itself is donated to the next chunk.
+            return metrics, self.evaluator.count(dev), trainer.state.diverged_at + 0
+
+        examples = len(group.members) * config.batch_size
+        work = Work(group.name, config.steps, config.chunk_steps, examples, group.shape.sequence)
+        loop = ChunkLoop(work, trainer, self.timings, measure, self._report, self._saving())
         # Compiled before there is a chunk to run: its memory would come on top.
         jax.block_until_ready(self.evaluator.count(dev[:1]))
-        while trainer.step < config.steps:
-            # Before the next one is dispatched: on CPU, that may take as long as it runs.
-            seconds = self._wait(pending) if pending else 0.0
-            metrics = trainer.advance()
-            # A copy: the state itself is donated to the next chunk.
-            running = (trainer.step, metrics, self.evaluator.count(dev), trainer.state.diverged_at + 0)
-            if pending:
-                self._report(*pending, seconds)
-            pending = running
-            save = trainer.step == config.steps or self._is_save_due()
-            if save or self._compiling:  # what runs while this process compiles would make the next rate a wonder
-                self._report(*pending, self._wait(pending))
-                pending = None
-            if save:
-                self._save()
-                self._stop_if_asked()
+        loop.run()
 
-    def _is_save_due(self) -> bool:
-        if not self.checkpoints:
-            return False
-        self.checkpoints.settle()
-        asked = self.launch.stop is not None and self.launch.stop.requested
-        return asked or self.launch.schedule.is_due(self.trainer.step, self.group.config.chunk_steps)
+    def _saving(self) -> Saving | None:
+        def record() -> dict[str, Any]:
+            members = [member.id for member in self.group.members]
+            return {"members": members, "rules": self._rules, "metrics": self.metrics, "timings": self.timings}
 
-    def _save(self) -> None:
-        if not self.checkpoints:
-            return
-        started, step, chunk = time.monotonic(), self.trainer.step, self.group.config.chunk_steps
-        members = [member.id for member in self.group.members]
-        record = {"members": members, "rules": self._rules, "metrics": self.metrics, "timings": self.timings}
-        self.checkpoints.save(step, self.trainer.state, record, keep=self.launch.schedule.is_kept(step, chunk))
-        if step == self.group.config.steps:
-            self.checkpoints.wait()
-        self.launch.schedule.saved()
-        self._clock = time.monotonic()
-        self.timings[-1]["checkpoint_seconds"] = self._clock - started
+        launch = self.launch
+        return Saving(self.checkpoints, launch.schedule, record, launch.stop) if self.checkpoints else None
 
-    def _stop_if_asked(self) -> None:
-        """Leaves, if that was asked for, once the last checkpoint is on disk."""
-        if self.checkpoints and self.launch.stop and self.launch.stop.requested:
-            self.checkpoints.wait()
-            self.launch.stop_if_asked(f"group {self.group.name}, step {self.trainer.step} of {self.group.config.steps}")
-
-    def _wait(self, running: Any) -> float:
-        """Waits for a chunk's results; seconds since those of the one before were there."""
-        jax.block_until_ready(running)
-        last, self._clock = self._clock, time.monotonic()
-        return self._clock - last
-
-    def _report(self, step: int, metrics: StepMetrics, counts: Any, diverged: Any, seconds: float) -> None:
+    def _report(self, step: int, results: tuple, seconds: float | None) -> None:
         """Adds the rows of a chunk, which took so many seconds."""
-        metrics, counts, diverged = jax.device_get((metrics, counts, diverged))
-        compiling, self._compiling = self._compiling, False
+        metrics, counts, diverged = results
         config, group = self.group.config, self.group
         exact_match = []
         column = list(SLICES).index("has_op")
@@ -354,9 +319,9 @@ class _GroupRun:
             self.metrics.append(
                 identity(self.sweep.figure, self.group, member, step)
                 | {
-                    "loss": _shortest(metrics.loss[row]),
-                    "gradient_norm": _shortest(metrics.gradient_norm[row]),
-                    "train_exact_match": _shortest(metrics.exact_match[row]),
+                    "loss": shortest(metrics.loss[row]),
+                    "gradient_norm": shortest(metrics.gradient_norm[row]),
+                    "train_exact_match": shortest(metrics.exact_match[row]),
                     "unseen_dev_exact_match": exact_match[-1],
                     "unseen_dev_tests": tests,
                     "status": status_of(diverged[row]),
@@ -366,26 +331,13 @@ class _GroupRun:
                 self._frozen.add(member.id)
                 self.reporter.note(f"member {member.id} (I = {member.setting.instructions}, seed {member.seed}) "
                                    f"{status_of(diverged[row])}: it is frozen, the others go on")  # fmt: skip
-        examples = len(group.members) * config.chunk_steps * config.batch_size
-        rate = float("nan") if compiling else examples / seconds
-        self.timings.append(
-            {
-                "group": group.name,
-                "step": step,
-                "compiled": int(compiling),
-                "seconds": seconds,
-                "examples_per_second": rate,
-                "tokens_per_second": rate * group.shape.sequence,
-                "elapsed_seconds": seconds + (self.timings[-1]["elapsed_seconds"] if self.timings else 0),
-                "checkpoint_seconds": 0.0,
-            }
-        )
         if self.directory:
             self.directory.write_progress(group, self.metrics, self.timings)
         if self.curves:
             self.curves.write(self.metrics[-len(group.members) :])
+        examples = len(group.members) * config.chunk_steps * config.batch_size
         where = f"group {group.name}, step {step} of {config.steps}"
-        self.reporter.report(examples, None if compiling else seconds, group.shape.sequence, exact_match, where)
+        self.reporter.report(examples, seconds, group.shape.sequence, exact_match, where)
 
     def test(self) -> None:
         """Makes the rows of results.csv: every member, split and slice that has tests."""
@@ -394,7 +346,7 @@ class _GroupRun:
         if any(math.isfinite(member.setting.tail_shape) for member in self.group.members):
             splits.append("seen_by_share")
         for split in splits:
-            self._stop_if_asked()
+            self._leave_if_asked()
             self.reporter.working(f"group {self.group.name}: testing {split}")
             counts = np.asarray(self.evaluator.count(self._test_pieces(split)))
             for row, member in enumerate(self.group.members):
@@ -405,11 +357,16 @@ class _GroupRun:
                         status = status_of(diverged[row])
                         self.results.append(result_row(who, member, split, slice, right, tests, status))
         if self.directory:
-            self._stop_if_asked()
+            self._leave_if_asked()
             self.reporter.working(f"group {self.group.name}: decoding unseen")
             errors, samples = decode_split(self.sweep, self.trainer, self.pools, "unseen", self.evaluator.piece)
             self.directory.write_progress(self.group, self.metrics, self.timings)
             self.directory.write_results(self.results, errors, samples)
+
+    def _leave_if_asked(self) -> None:
+        """Leaves, if that was asked for: the last checkpoint has everything."""
+        config = self.group.config
+        self.launch.stop_if_asked(f"group {self.group.name}, step {config.steps} of {config.steps}")
 
     def member_params(self) -> dict[str, Any]:
         """Trained parameters by member id, as numpy trees."""
@@ -426,8 +383,3 @@ def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
         report = resemblance(pools.of(member), held_out, compared)
         rows.append({"member": member.id, "seed": member.seed, "instructions": member.setting.instructions, **report})
     return rows
-
-
-def _shortest(value: Any) -> float:
-    """The float whose repr has only the digits that a float32 has."""
-    return float(str(value))

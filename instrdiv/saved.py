@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
-import os
 import shutil
-import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from instrdiv.checkpoints import Checkpoints, Damaged
+from instrdiv.directories import Provenance, check_usable, clear_errors, locked
 from instrdiv.population import Group, make_groups
 from instrdiv.results import (
     ERROR_COLUMNS,
@@ -29,7 +26,6 @@ from instrdiv.results import (
     Row,
     merge_table,
     plain,
-    provenance,
     read_cells,
     read_table,
     write_json,
@@ -153,7 +149,7 @@ class SavedRun:
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other launches out while entered. Raises BadInput where one is running."""
-        return _locked(self.path)
+        return locked(self.path)
 
     def done(self) -> set[str]:
         """Names of the groups that were trained to their end and tested, and have all their rows in the tables."""
@@ -173,7 +169,7 @@ class SavedRun:
 
         To be called while ``locked``. Raises BadInput where they cannot be written.
         """
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             merge_table(self.path / "errors.csv", errors, ERROR_COLUMNS, (*RESULT_KEY, "error"))
             merge_table(self.path / "samples.csv", samples, SAMPLE_COLUMNS, (*RESULT_KEY, "pattern", "input"))
             merge_table(self.path / "results.csv", results, RESULT_COLUMNS, RESULT_KEY)
@@ -198,16 +194,7 @@ class RunDirectory(SavedRun):
 
         Writes nothing. Raises BadInput where the directory cannot be used for this sweep.
         """
-        try:
-            _check_writable(path)
-            there = [p for p in path.iterdir() if not p.name.startswith((".lock", ".config"))] if path.exists() else []
-        except (OSError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"--run_dir={path}: cannot be used ({error}); name another directory") from None
-        if there and not (path / "config.json").exists():
-            raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
-        if overwrite or not there:
+        if not check_usable(path) or overwrite:
             return [Cohort(sweep.members, options.resolve(sweep.members))]
         run = SavedRun(path)
         differ = _differences(run, sweep, options)
@@ -236,15 +223,15 @@ class RunDirectory(SavedRun):
 
         Raises BadInput as ``check``, which is asked again: another launch may have come and gone.
         """
-        with _clear_errors(path):
+        with clear_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             cohorts = cls.check(path, sweep, options, overwrite)
             there = [] if overwrite or not (path / "config.json").exists() else SavedRun(path).cohorts
             cohorts[len(there) :] = map(lay_out, cohorts[len(there) :])
             config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
             config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
-            with _clear_errors(path):
+            with clear_errors(path):
                 for name in (*_FILES, "config.json"):  # what a launch that was killed in mid-write has left
                     for leftover in path.glob(f".{name}.*"):
                         leftover.unlink()
@@ -269,28 +256,23 @@ class RunDirectory(SavedRun):
 
     def write_progress(self, group: Group, metrics: Sequence[Row], timings: Sequence[Row]) -> None:
         """Replaces the group's rows of metrics.csv and timings.csv; those of the others stay."""
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             for name, rows, columns in (("metrics", metrics, METRIC_COLUMNS), ("timings", timings, TIMING_COLUMNS)):
                 path = self.path / f"{name}.csv"
                 others = [row for row in read_cells(path) if row["group"] != group.name]
                 write_table(path, [*others, *rows], columns)
 
     def write_resemblance(self, rows: Sequence[Row]) -> None:
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             write_table(self.path / "resemblance.csv", rows, tuple(rows[0]))
 
     def write_provenance(self, **facts: Any) -> None:
         """Says where and with what this launch runs; what earlier launches said is kept below it."""
-        with _clear_errors(self.path):
-            write_json(self.path / "provenance.json", provenance(**facts) | {"earlier_launches": self._earlier})
+        self._provenance.write(**facts)
 
     @functools.cached_property
-    def _earlier(self) -> list[dict[str, Any]]:
-        """What provenance.json said when this launch first asked; nothing where it cannot be read."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            last = json.loads((self.path / "provenance.json").read_text())
-            return [*last.pop("earlier_launches", []), last]
-        return []
+    def _provenance(self) -> Provenance:
+        return Provenance(self.path)
 
 
 def _read_cohort(there: dict[str, Any]) -> Cohort:
@@ -353,53 +335,3 @@ def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
 def _few(values: dict[Any, None]) -> str:
     names = list(map(str, values))
     return ",".join(names if len(names) <= 8 else [*names[:3], "…", names[-1]])
-
-
-def _check_writable(path: Path) -> None:
-    """Raises BadInput or OSError unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
-    nearest = path
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise BadInput(f"--run_dir={path}: {nearest} is a file; name a directory")
-    # A name as long as the longest one that will be made.
-    probe = nearest / f".instrdiv-{time.monotonic_ns()}".ljust(max(len(part) for part in path.parts), "-")
-    try:
-        probe.mkdir()
-    except OSError as error:
-        raise BadInput(f"--run_dir={path}: {nearest} is not writable ({error.strerror}); name another") from None
-    probe.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system gives back however the process ends."""
-    import fcntl
-
-    with contextlib.ExitStack() as stack:
-        with _clear_errors(path):
-            file = stack.enter_context(open(path / ".lock", "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                file.seek(0)
-                raise BadInput(f"--run_dir={path}: is in use by {file.read().strip() or 'another launch'}; "
-                               "wait for it, or name another directory") from None  # fmt: skip
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only is one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(
-            f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, and the same command, "
-            "without --overwrite, goes on from the last checkpoint"
-        ) from error

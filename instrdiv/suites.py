@@ -27,7 +27,6 @@ from instrdiv.evaluation import (
     make_test_set,
     result_row,
     seen_rules,
-    status_of,
     stream_of_split,
 )
 from instrdiv.population import (
@@ -41,7 +40,7 @@ from instrdiv.population import (
     stack_knobs,
     stream_key,
 )
-from instrdiv.results import Row
+from instrdiv.results import Row, status_of
 from instrdiv.rewriting.alphabet import END
 from instrdiv.rewriting.examples import Rules, TaskShape
 from instrdiv.rewriting.families import FAMILIES

@@ -154,7 +154,7 @@ def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int)
         program = over_members("sample", sample, mesh, members_per_vmap, in_specs=[P(), P("member"), P(None, "data")])
         *_, indices = trainer.chunk_arguments()
         arguments = (trainer.tables, trainer.data, indices)
-        compiled, seconds = _compile(program, *arguments)
+        compiled, seconds = compile_program(program, *arguments)
         return _Latest(lambda: compiled(*arguments)).ready(members * indices.size, seconds, compiled)
 
     return Contender(
@@ -197,7 +197,7 @@ def _blocks(members_per_vmap: int) -> str:
 
 def _train(trainer: Trainer) -> Ready:
     arguments = trainer.chunk_arguments()
-    trainer.train_chunk, seconds = _compile(trainer.train_chunk, *arguments)
+    trainer.train_chunk, seconds = compile_program(trainer.train_chunk, *arguments)
     members, config = len(trainer.group.members), trainer.group.config
     return Ready(
         call=trainer.advance,
@@ -243,7 +243,7 @@ class _Latest:
         self._result = self._work()
 
 
-def _compile(program: Any, *arguments: Any) -> tuple[Any, float]:
+def compile_program(program: Any, *arguments: Any) -> tuple[Any, float]:
     """The compiled program, and the seconds that tracing and compiling took."""
     jax.block_until_ready(arguments)
     started = time.perf_counter()

@@ -20,7 +20,7 @@ import importlib.util
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,9 +60,9 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
         import torch
         from transformers import GPT2LMHeadModel
 
-        if mode != "eager" and _device() == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        if mode != "eager" and torch_device() == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise NotRun("missing: a C++ compiler (install g++) for torch.compile on CPU")
-        before, device = _allocated(), _device()
+        before, device = allocated(), torch_device()
         model: Any = GPT2LMHeadModel(_gpt2_config(world, "sdpa"))
         model.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
@@ -82,7 +82,7 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
             loss_of(*next(batches)).backward()
             optimizer.step()
 
-        return Ready(step, _wait, batch_size, peak_bytes=lambda: _peak_since(before))
+        return Ready(step, wait, batch_size, peak_bytes=lambda: peak_since(before))
 
     return Contender(
         kind=f"gpt2_{mode}_{short}",
@@ -90,7 +90,7 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
         label=f"PyTorch GPT-2, {words} {short}, batch {batch_size}",
         batch_size=batch_size,
         members=1,
-        set_up=_with_torch(set_up),
+        set_up=with_torch(set_up),
         facts={"optimizer": "adamw", "precision": precision, "attention": "sdpa", "threads": usable_cores()},
     )
 
@@ -108,7 +108,7 @@ def ensemble(world: World, batch_size: int) -> Contender:
         from torch.func import functional_call, grad, stack_module_state, vmap
         from transformers import GPT2LMHeadModel
 
-        before, device = _allocated(), _device()
+        before, device = allocated(), torch_device()
         models: list[Any] = [GPT2LMHeadModel(_gpt2_config(world, "eager")) for _ in range(members)]
         params, _ = stack_module_state([model.to(device) for model in models])
         parameters = {name: torch.nn.Parameter(value.detach()) for name, value in params.items()}
@@ -132,7 +132,7 @@ def ensemble(world: World, batch_size: int) -> Contender:
                 parameter.grad = gradients[name].detach().contiguous()
             optimizer.step()
 
-        return Ready(step, _wait, members * batch_size, peak_bytes=lambda: _peak_since(before))
+        return Ready(step, wait, members * batch_size, peak_bytes=lambda: peak_since(before))
 
     return Contender(
         kind="ensemble",
@@ -140,7 +140,7 @@ def ensemble(world: World, batch_size: int) -> Contender:
         label=f"PyTorch torch.func ensemble of {members}, batch {batch_size}",
         batch_size=batch_size,
         members=members,
-        set_up=_with_torch(set_up),
+        set_up=with_torch(set_up),
         facts={"optimizer": "adamw", "attention": "written out", "precision": precision, "threads": usable_cores()},
     )
 
@@ -222,19 +222,19 @@ def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterato
         yield np.concatenate([*rows, padding], axis=1, dtype=np.int32)
 
 
-def _with_torch(set_up: Callable[[], Ready]) -> Callable[[], Ready]:
-    """A set-up that says what to install where PyTorch, or its support of this machine's device, is missing."""
+def with_torch(set_up: Callable[[], Ready], packages: Sequence[str] = ("torch", "transformers")) -> Callable[[], Ready]:
+    """A set-up that says what to install where a package, or PyTorch's support of this machine's device, is missing."""
 
     def checked() -> Ready:
-        absent = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+        absent = [name for name in packages if not importlib.util.find_spec(name)]
         if absent:
             raise NotRun(f"missing: pip install {' '.join(absent)}")
         import torch
 
-        if _device() not in ("cpu", "cuda") or (_device() == "cuda" and not torch.cuda.is_available()):
+        if torch_device() not in ("cpu", "cuda") or (torch_device() == "cuda" and not torch.cuda.is_available()):
             raise NotRun(f"missing: a PyTorch that can use this machine's {jax.default_backend()}")
         torch.set_num_threads(usable_cores())
-        if _device() == "cuda":
+        if torch_device() == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as JAX has it by default
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -243,29 +243,31 @@ def _with_torch(set_up: Callable[[], Ready]) -> Callable[[], Ready]:
     return checked
 
 
-def _device() -> str:
+def torch_device() -> str:
     """Where PyTorch works: on what JAX works on."""
     return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
-def _wait() -> None:
-    if _device() == "cuda":
+def wait() -> None:
+    """Waits for what PyTorch has been given to do."""
+    if torch_device() == "cuda":
         import torch
 
         torch.cuda.synchronize()
 
 
-def _allocated() -> int:
+def allocated() -> int:
+    """Bytes that PyTorch has on the GPU."""
     import torch
 
-    return torch.cuda.memory_allocated() if _device() == "cuda" else 0
+    return torch.cuda.memory_allocated() if torch_device() == "cuda" else 0
 
 
-def _peak_since(before: int) -> int | None:
+def peak_since(before: int) -> int | None:
     """The most that PyTorch has had since its set-up, beyond what others had then; None on CPU, where nothing tells."""
     import torch
 
-    return torch.cuda.max_memory_allocated() - before if _device() == "cuda" else None
+    return torch.cuda.max_memory_allocated() - before if torch_device() == "cuda" else None
 
 
 def _gpt2_config(world: World, attention: str) -> Any:
@@ -304,7 +306,8 @@ def _batches(world: World, batch_size: int) -> list[tuple[Any, Any]]:
     answer[~mask] = -100
     targets[:, : -mask.shape[1]] = -100
     inputs, targets = (
-        torch.from_numpy(part.astype(np.int64)).to(_device()).split(batch_size) for part in (tokens[:, :-1], targets)
+        torch.from_numpy(part.astype(np.int64)).to(torch_device()).split(batch_size)
+        for part in (tokens[:, :-1], targets)
     )
     return list(zip(inputs, targets, strict=True))
 

@@ -12,7 +12,6 @@ from typing import Any
 from instrdiv.planning import in_bytes
 from instrdiv.plots import BAND, SEEN, UNSEEN, new_figure
 from instrdiv.results import Row, write_json, write_table
-from instrdiv.settings import Setting
 from tools.measuring import Outcome
 
 #: Columns of benchmark.csv: a row a contender. A rate is the median over rounds; ``low`` and ``high`` the extremes.
@@ -28,7 +27,7 @@ class Record:
     """Everything that one run of the benchmark found.
 
     Attributes:
-      preset, setting, members: what was trained.
+      preset, setting, members: what was trained; a setting has ``as_row()``, ``layers``, ``width`` and ``precision``.
       tokens, flops: of one example.
       command: that made it.
       machine, ceilings: see ``machine.py``.
@@ -40,7 +39,7 @@ class Record:
     """
 
     preset: str
-    setting: Setting
+    setting: Any
     members: int
     tokens: float
     flops: float

@@ -23,6 +23,7 @@ import numpy as np
 
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.llama import BLOCK_LINEAR, Quantised
+from instrdiv.finetuning.weights import DTYPES, header_of, leaves, tensors_in
 from instrdiv.results import replacing
 from instrdiv.settings import BadInput
 
@@ -74,18 +75,8 @@ class Lora:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """(L, in, out) of every linear layer of a model; a tied head is none."""
-    attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    sizes = {
-        "q_proj": (config.width, attention),
-        "k_proj": (config.width, kv),
-        "v_proj": (config.width, kv),
-        "o_proj": (attention, config.width),
-        "gate_proj": (config.width, config.mlp_width),
-        "up_proj": (config.width, config.mlp_width),
-        "down_proj": (config.mlp_width, config.width),
-    }
-    shapes = {name: (config.layers, *size) for name, size in sizes.items()}
-    return shapes if config.tied_head else shapes | {"lm_head": (1, config.width, config.vocab_size)}
+    kernels = [leaf for leaf in leaves(config) if leaf.is_kernel]
+    return {leaf.path[-2]: (leaf.layers or 1, leaf.shape[0], leaf.shape[1]) for leaf in kernels}
 
 
 def scales(loras: Sequence[Lora]) -> np.ndarray:
@@ -179,8 +170,6 @@ def merge(weights: Mapping[str, Any], lora: Lora, adapter: Adapter, dtype: Any =
     return {**weights, "layers": layers, **head}
 
 
-#: What PEFT names a linear layer, after ``base_model.model.``.
-_PLACES = {name: "self_attn" for name in BLOCK_LINEAR[:4]} | {name: "mlp" for name in BLOCK_LINEAR[4:]}
 #: Options that do not change what a trained adapter computes.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "lora_alpha"),
@@ -195,13 +184,11 @@ _ALLOWED = {
 }
 
 
-def _tensor_names(config: ModelConfig, name: str) -> list[tuple[str, str]]:
+def _tensor_names(config: ModelConfig, target: str) -> list[tuple[str, str]]:
     """PEFT's names of the a and b of every layer of a target."""
-    if name == "lm_head":
-        stems = ["lm_head"]
-    else:
-        stems = [f"model.layers.{layer}.{_PLACES[name]}.{name}" for layer in range(config.layers)]
-    return [(f"base_model.model.{stem}.lora_A.weight", f"base_model.model.{stem}.lora_B.weight") for stem in stems]
+    (leaf,) = [leaf for leaf in leaves(config) if leaf.path[-2:] == (target, "kernel")]
+    stems = [f"base_model.model.{name.removesuffix('.weight')}" for name in leaf.names()]
+    return [(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") for stem in stems]
 
 
 def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, base: str | None = None) -> None:
@@ -214,8 +201,6 @@ def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, 
 
     Raises OSError where it cannot be written.
     """
-    from safetensors.numpy import save
-
     tensors = {}
     for name in lora.targets:
         for layer, names in enumerate(_tensor_names(config, name)):
@@ -237,7 +222,9 @@ def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, 
     }
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "adapter_model.safetensors", "wb") as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+        file.write(header_of({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}))
+        for stored in tensors.values():
+            file.write(stored.data)
     with replacing(out / "adapter_config.json") as file:
         json.dump(said, file, indent=2)
         file.write("\n")
@@ -291,6 +278,8 @@ def read_adapter(path: Path | str, config: ModelConfig, base: str | None = None)
                 if found.shape != shape:
                     raise BadInput(f"{file}: {tensor} is {list(found.shape)}, not {list(shape)} as rank {rank} and "
                                    "this base ask; it was made for another base")  # fmt: skip
+                if not np.isfinite(found).all():
+                    raise BadInput(f"{file}: {tensor} has numbers that are not finite; it is damaged")
                 parts[part].append(np.ascontiguousarray(found.astype(np.float32).T))
         adapter[target] = {part: np.stack(arrays) for part, arrays in parts.items()}
     head = (config.vocab_size, config.width)
@@ -319,16 +308,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file; bfloat16 comes as ml_dtypes' numpy type."""
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file
-
+    """All tensors of a safetensors file, mapped from it."""
     if not file.is_file():
         pickled = file.with_suffix(".bin")
         remedy = f"; {pickled.name} is pickled and never read: convert it with safetensors" if pickled.exists() else ""
         raise BadInput(f"{file}: there is no such file{remedy}")
-    try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return {name: np.asarray(tensor) for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file}: cannot be read as safetensors ({error}); it is damaged") from None
+    tensors = {tensor.name: tensor for tensor in tensors_in(file)}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise BadInput(f"{file}: tensor {name} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
+    return {name: tensor.map() for name, tensor in tensors.items()}

@@ -1,16 +1,21 @@
 """Training adapters: PyTorch with PEFT is the oracle; a population is its members, however it is laid out."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from instrdiv.checkpoints import named_leaves
 from instrdiv.finetuning import lora, training
+from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Batch, Recipe, make_mesh
+from instrdiv.finetuning.weights import partition_specs, quantise
 from instrdiv.settings import BadInput
 from tests.finetuning import worlds
 
@@ -18,7 +23,7 @@ CONFIG = worlds.CONFIG
 RECIPE = Recipe(steps=4, batch_size=4, precision="float32", weight_decay=0.1, warmup_steps=1, reports=2)
 MEMBERS = (
     AdapterMember(Lora(2, 4.0, ("q_proj", "v_proj")), 3e-3, seed=1),
-    AdapterMember(Lora(3, 3.0, "all-linear"), 1e-3, seed=2, setting={"instructions": 7}),
+    AdapterMember(Lora(3, 3.0, ("q_proj", "down_proj")), 1e-3, seed=2, setting={"instructions": 7}),
     AdapterMember(Lora(1, 2.0, ("lm_head", "down_proj")), 2e-2, seed=3),
 )
 DATA = tuple(worlds.packed(rows, seed=rows) for rows in (5, 8, 6))
@@ -102,7 +107,7 @@ def test_logits_of_the_whole_batch_are_never_held():
 
     whole = 4 * config.vocab_size * 8 * 64
     assert temporary_bytes(64) > whole
-    assert temporary_bytes(4) < whole / 2
+    assert temporary_bytes(4) < 0.6 * whole
 
 
 def test_losses_are_means_over_response_tokens_of_a_source():
@@ -150,8 +155,8 @@ def test_a_batch_depends_on_the_step_and_the_seed_alone():
 def test_a_member_that_diverges_is_frozen_and_the_others_do_not_notice():
     calm = AdapterMember(Lora(2, 2.0), 1e-3, seed=5)
     recipe = dataclasses.replace(RECIPE, schedule="constant", warmup_steps=0)
-    # 1e30: after the first update, what its adapter adds overflows; at the second step, its gradients are not finite.
-    wild = dataclasses.replace(calm, learning_rate=1e30, seed=6)
+    # 1e15: after the first update, what its adapter adds overflows; at the second step, its gradients are not finite.
+    wild = dataclasses.replace(calm, learning_rate=1e15, seed=6)
     tame = dataclasses.replace(wild, learning_rate=1e-3)
     data = DATA[:2]
     metrics, one = trained([calm, wild], data, recipe)
@@ -206,16 +211,42 @@ def test_the_base_is_an_argument_and_is_held_once():
 
 
 @pytest.mark.parametrize(
-    ("devices", "data_parallel", "tensor_parallel"),
-    [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2), (8, 2, 2), (8, 4, 1)],
+    ("devices", "data_parallel", "tensor_parallel", "fsdp"),
+    [(2, 2, 1, False), (4, 1, 2, False), (4, 2, 1, True), (8, 2, 2, True)],
 )
-def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_parallel):
-    """Three members on up to four places for members: idle ones fill them."""
+def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_parallel, fsdp):
+    """Three members on up to four places for members: idle ones fill them. Every device has its part of the base."""
     mesh = make_mesh(devices, data_parallel, tensor_parallel)
-    metrics, one = trained(mesh=mesh)
+    specs = partition_specs(CONFIG, mesh, fsdp)
+
+    def place(path, leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, specs[tuple(key.key for key in path)]))
+
+    weights = jax.tree_util.tree_map_with_path(place, worlds.weights())
+    metrics, one = trained(mesh=mesh, weights=weights)
     assert one.size % mesh.shape["member"] == 0
     np.testing.assert_allclose(mean_losses(metrics)[:, :3], mean_losses(together[0]), atol=1e-4)
-    assert jax.tree.leaves(one.state.adapters)[0].sharding.spec == jax.sharding.PartitionSpec("member")
+    assert jax.tree.leaves(one.state.adapters)[0].sharding.spec == P("member")
+    kernel = one.weights["layers"]["up_proj"]["kernel"]
+    parts = tensor_parallel * (devices // tensor_parallel if fsdp else 1)
+    assert kernel.addressable_shards[0].data.size == kernel.size // parts
+    if fsdp and tensor_parallel == 1:
+        # A kernel is gathered where its layer is, never those of all layers at once.
+        text = trainer(mesh=mesh, weights=weights).program.lower(*one.chunk_arguments()).compile().as_text()
+        gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
+        assert "16,24" in gathered and all(shape.count(",") == 1 for shape in gathered)
+
+
+def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
+    weights = worlds.weights()
+    blocks = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    eight = weights | {"layers": blocks}
+    meant = lora.merge(eight, MEMBERS[0].lora, {}, jnp.float32)
+    metrics, one = trained(MEMBERS[:1], DATA[:1], weights=eight)
+    expected, _ = trained(MEMBERS[:1], DATA[:1], weights=meant)
+    np.testing.assert_allclose(metrics.losses, expected.losses, rtol=1e-4)
+    assert one.weights["layers"]["q_proj"]["kernel"].values.dtype == jnp.int8
+    assert np.abs(metrics.losses - trained(MEMBERS[:1], DATA[:1])[0].losses).max() > 1e-3
 
 
 def test_training_is_what_pytorch_and_peft_do(tmp_path):
@@ -261,13 +292,13 @@ def test_bfloat16_is_near_float32(together):
 
 
 def test_a_shorter_last_chunk_ends_with_the_schedule():
-    metrics, one = trained(recipe=dataclasses.replace(RECIPE, steps=5, reports=2))
-    assert one.step == 5 and len(metrics.losses) == 2
-    assert one.recipe.chunk_steps == 3
+    metrics, one = trained(recipe=dataclasses.replace(RECIPE, steps=3, reports=2))
+    assert one.step == 3 and len(metrics.losses) == 2
+    assert one.recipe.chunk_steps == 2
 
 
 def test_ids_are_stable():
-    assert [member.id for member in MEMBERS] == ["a", "b", "c"]
+    assert [member.id for member in MEMBERS] == ["a713e3a1ab", "a25e25ef3a", "a75832f268"]
     assert AdapterMember(Lora(2, 4, ["v_proj", "q_proj"]), 3e-3, 1).id == MEMBERS[0].id
     assert len({member.id for member in (*MEMBERS, dataclasses.replace(MEMBERS[0], setting={"a": 1}))}) == 4
 

@@ -1,0 +1,90 @@
+"""The answers of all members of a population, as text, and whether they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from instrdiv.finetuning.config import ModelConfig
+from instrdiv.finetuning.decoding import decode_greedily, left_padded
+from instrdiv.finetuning.packing import prompt_tokens
+from instrdiv.finetuning.sources import Row
+from instrdiv.finetuning.templates import Template, end_ids
+from instrdiv.finetuning.tokenizer import Tokenizer
+from instrdiv.population import padded_size
+
+
+def answers(
+    config: ModelConfig,
+    weights: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    template: Template,
+    tests: Sequence[Sequence[Row]],
+    new_tokens: int,
+    mesh: Mesh,
+    adapters: Mapping[str, Any] | None = None,
+    scale: Any = None,
+    precision: str = "float32",
+    at_once: int = 128,
+) -> list[list[str]]:
+    """What each member answers to its tests, by greedy decoding.
+
+    Args:
+      config, weights: the base, its weights on ``mesh``.
+      tokenizer, template: how a test becomes a prompt.
+      tests: of every member, equally many.
+      new_tokens: longest answer, its end token included; what is longer is cut there.
+      mesh: members are spread over its axis ``member``.
+      adapters, scale: of the members, numpy (``FineTuned.population``); None for the base itself, one member.
+      precision: of activations and cache.
+      at_once: tests of a member that are decoded together.
+
+    Returns:
+      The text of every answer, without what ends it; None is never one.
+    """
+    members, count = len(tests), len(tests[0])
+    size = padded_size(members, mesh, 1)
+    idle = size - members
+    ends = end_ids(template, tokenizer)
+    rows_over_mesh = NamedSharding(mesh, P(("member", "data")))
+    at_once = -(-min(at_once, count) // mesh.shape["data"]) * mesh.shape["data"]
+    prompts_of: dict[int, list[list[int]]] = {}
+    for member_tests in tests:  # members may share their tests
+        if id(member_tests) not in prompts_of:
+            prompts_of[id(member_tests)] = prompt_tokens(member_tests, template, tokenizer)
+    prompts = [prompts_of[id(member_tests)] for member_tests in tests]
+    places = max(len(prompt) for of_member in prompts_of.values() for prompt in of_member)
+    if adapters is not None:
+        over_members = NamedSharding(mesh, P("member"))
+
+        def placed(leaf: Any) -> jax.Array:
+            return jax.device_put(np.concatenate([leaf, np.repeat(leaf[:1], idle, 0)]), over_members)
+
+        adapters, scale = jax.tree.map(placed, adapters), placed(scale)
+
+    found: list[list[str]] = [[] for _ in tests]
+    for first in range(0, count, at_once):
+        piece = [of_member[first : first + at_once] for of_member in prompts]
+        flat: list[list[int]] = []
+        for of_member in [*piece, *[[]] * idle]:
+            flat += [*of_member, *[[]] * (at_once - len(of_member))]
+        rows = jax.device_put(left_padded(flat, places), rows_over_mesh)
+        decoded: Any = decode_greedily(
+            config, weights, rows, adapters, scale,
+            new_tokens=new_tokens, end_tokens=ends, precision=precision,
+        )  # fmt: skip
+        tokens, lengths = map(np.asarray, decoded)
+        for member, of_member in enumerate(piece):
+            at = member * at_once
+            found[member] += [tokenizer.decode(tokens[i, : lengths[i]]) for i in range(at, at + len(of_member))]
+    return found
+
+
+def is_right(row: Row, answer: str) -> bool:
+    """The whole answer, but for space around it."""
+    return answer.strip() == row.response.strip()

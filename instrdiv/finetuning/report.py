@@ -1,0 +1,133 @@
+"""What a fine-tuning experiment found: its table of results, and its page, from the files of its directory alone."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from instrdiv import thresholds
+from instrdiv.finetuning.training import AdapterMember
+from instrdiv.pages import data_uri, duration, in_words, read_provenance, write_page
+from instrdiv.results import Row, read_table, write_table
+
+#: Columns of results.csv before and after those of the members' settings.
+IDENTITY = ("figure", "member", "seed", "step", "examples_seen", "split", "slice", "exact_match", "tests", "status")
+INTERVAL = ("exact_match_low", "exact_match_high")
+#: Columns of samples.csv: some answers.
+SAMPLE_COLUMNS = ("figure", "member", "seed", "step", "split", "prompt", "right_answer", "answer", "right")
+
+#: What the page shows a column for, where it was tested.
+_SLICES = (("unseen", "has_op"), ("unseen", "no_op"), ("seen", "has_op"))
+#: Answers the page shows of a setting and a split.
+_SAMPLES = 2
+
+
+def result_row(
+    figure: str, member: AdapterMember, step: int, batch_size: int, split: str, slice: str, right: int, tests: int,
+    status: str,
+) -> Row:  # fmt: skip
+    """A row of results.csv: ``right`` of so many tests, with the exact binomial interval of 95 %."""
+    low, high = thresholds.exact_interval(right, tests)
+    return {
+        "figure": figure,
+        "member": member.id,
+        "seed": member.seed,
+        "step": step,
+        "examples_seen": step * batch_size,
+        "split": split,
+        "slice": slice,
+        "exact_match": right / tests,
+        "tests": tests,
+        "status": status,
+        **member.as_row(),
+        "exact_match_low": low,
+        "exact_match_high": high,
+    }
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Writes results.csv; the settings are the columns that ``rows`` have besides."""
+    settings = [name for name in rows[0] if name not in (*IDENTITY, *INTERVAL)]
+    write_table(path, rows, (*IDENTITY, *settings, *INTERVAL))
+
+
+def settings_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Of the settings in results.csv: the names of those that vary, and those that do not, with their values."""
+    names = [name for name in rows[0] if name not in (*IDENTITY, *INTERVAL)]
+    varying = tuple(name for name in names if len({row[name] for row in rows}) > 1)
+    return varying, {name: rows[0][name] for name in names if name not in varying}
+
+
+def write_report(run_dir: Path, claims: Sequence[thresholds.Claim] | None, module: str) -> Path:
+    """Writes ``report.html`` of a finished run; returns its path.
+
+    Args:
+      run_dir: with results.csv, samples.csv, provenance.json and, perhaps, figure.png.
+      claims: as checked; None where the run is not judged.
+      module: that runs it, ``experiments.<name>``.
+
+    Raises BadInput where a file is missing or damaged.
+    """
+    results = read_table(run_dir / "results.csv", IDENTITY)
+    samples = read_table(run_dir / "samples.csv", SAMPLE_COLUMNS, ("prompt", "right_answer", "answer"))
+    said = read_provenance(run_dir / "provenance.json")
+    fields, same = settings_of(results)
+    of_member = {row["member"]: tuple(in_words(row[name]) for name in fields) for row in results}
+    by_setting: dict[tuple, list[Row]] = {}
+    for row in sorted(results, key=lambda row: thresholds.ordering(tuple(row[name] for name in fields))):
+        by_setting.setdefault(tuple(row[name] for name in fields), []).append(row)
+    slices = [pair for pair in _SLICES if any((row["split"], row["slice"]) == pair for row in results)]
+    flags = [flag for flag in said["command"][1:] if flag.lstrip("-").partition("=")[0] != "overwrite"]
+    picture = run_dir / "figure.png"
+    page = {
+        "figure": results[0]["figure"],
+        "members": len(of_member),
+        "seeds": sorted({row["seed"] for row in results}),
+        "picture": data_uri(picture) if picture.exists() else None,
+        "claims": claims,
+        "verdict": None if claims is None else thresholds.verdict(claims),
+        "fields": fields,
+        "slices": slices,
+        "summary": [_summary(key, rows, slices) for key, rows in by_setting.items()],
+        "same": [(name, in_words(value)) for name, value in same.items()],
+        "samples": _some(samples, of_member),
+        "made": _made(said),
+        "command": shlex.join(["python", "-m", module, *flags]),
+    }
+    return write_page(run_dir / "report.html", "finetuning/report.html.jinja", page)
+
+
+def _summary(key: tuple, rows: Sequence[Row], slices: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    def spread(pair: tuple[str, str]) -> dict[str, float] | None:
+        values = [r["exact_match"] for r in rows if (r["split"], r["slice"]) == pair and r["status"] == "ok"]
+        return {"mean": statistics.fmean(values), "low": min(values), "high": max(values)} if values else None
+
+    diverged = {f"seed {row['seed']} {row['status']}" for row in rows if row["status"] != "ok"}
+    return {"setting": list(map(in_words, key)), "found": list(map(spread, slices)), "diverged": sorted(diverged)}
+
+
+def _some(samples: Sequence[Row], of_member: Mapping[str, tuple]) -> list[dict[str, Any]]:
+    """The first answers of every setting and split."""
+    shown: dict[tuple, list[dict[str, Any]]] = {}
+    for row in samples:
+        setting = of_member.get(row["member"], ("base",) * len(next(iter(of_member.values()))))
+        rows = shown.setdefault((setting, row["split"]), [])
+        if len(rows) < _SAMPLES:
+            rows.append({"setting": setting, "split": row["split"], "prompt": row["prompt"],
+                         "right": row["right_answer"], "answer": row["answer"], "is_right": row["right"]})  # fmt: skip
+    return [sample for rows in shown.values() for sample in rows]
+
+
+def _made(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = {
+        "commit": said.get("commit"),
+        "versions": ", ".join(f"{name} {version}" for name, version in said["versions"].items() if version),
+        "devices": ", ".join(said["devices"]),
+        "processor": said.get("processor"),
+        "launches": 1 + len(said.get("earlier_launches", [])),
+        "wall time of the last launch": duration(said["wall_seconds"]) if "wall_seconds" in said else None,
+    }
+    return [(name, str(fact)) for name, fact in facts.items() if fact]
