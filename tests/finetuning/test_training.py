@@ -236,7 +236,10 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
         new = trainer(mesh=mesh, weights=weights)
         text = new.program.lower(*new.chunk_arguments()).compile().as_text()
         gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
-        assert "16,24" in gathered and all(shape.count(",") == 1 for shape in gathered)
+        stacked = {
+            ",".join(map(str, pair["kernel"].shape)) for pair in one.weights["layers"].values() if "kernel" in pair
+        }
+        assert "16,24" in gathered and "2,16,24" in stacked and not stacked & set(gathered)
 
 
 def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
