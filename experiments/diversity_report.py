@@ -86,7 +86,7 @@ def summary(scores: Sequence[TableRow]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if value < 1 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def example() -> dict[str, list[Row]]:
