@@ -112,21 +112,21 @@ def launch(figure: Figure) -> None:
     define_setting_flags(swept)
     factors = list(dict.fromkeys(name for preset in figure.presets.values() for name in preset.factors))
     if factors:
-        _define(ListParser(_enum(factors)), "factor", "what is varied (default: all that the preset has)")
+        define(ListParser(_enum(factors)), "factor", "what is varied (default: all that the preset has)")
     whole = NumberParser(int, low=1)
-    _define(whole, "seeds", "models a setting (default: the preset's)")
-    _define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
-    _define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    _define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
-    _define(whole, "data_parallel", "devices that share one member's batch", default=1)
-    _define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
-    _define(_enum(ATTENTION), "attention", "how attention is computed (default: plain)")
-    _define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
+    define(whole, "seeds", "models a setting (default: the preset's)")
+    define(whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
+    define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
+    define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
+    define(whole, "data_parallel", "devices that share one member's batch", default=1)
+    define(whole, "members_per_vmap", "members that are vectorised together (default: 1 on CPU, else by a probe)")
+    define(_enum(ATTENTION), "attention", "how attention is computed (default: plain)")
+    define(NameParser(), "run_dir", "where tables and pictures go (default: runs/<figure>-<preset>)")
     define_switch("dry_run", "say what it would take, and stop")
     define_switch("overwrite", "start anew in a directory that holds another run")
     minutes = NumberParser(float, low=0)
-    _define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
-    _define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
+    define(minutes, "checkpoint_minutes", "a checkpoint to go on from, every so many minutes; inf: none", default=2)
+    define(whole, "checkpoint_steps", "a checkpoint to keep, about every so many steps, besides (default: none)")
 
     def main() -> None:
         run_dir = Path(FLAGS.run_dir or Path("runs") / f"{figure.name}-{FLAGS.preset}")
@@ -243,7 +243,7 @@ def define_setting_flags(swept: set[str] | frozenset[str] = frozenset(), of: typ
                 parser = ListParser(parser.item, separators="+")
             parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
         default = "" if "(default: " in text else " (default: the preset's)"
-        _define(parser, f"config.{field.name}", text + default)
+        define(parser, f"config.{field.name}", text + default)
 
 
 def setting_flags(of: type = Setting) -> dict[str, Any]:
@@ -330,7 +330,7 @@ class _BoolParser(flags.ArgumentParser):
         return value
 
 
-def _define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
+def define(parser: flags.ArgumentParser, name: str, help: str, default: Any = None) -> None:
     flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
 
 

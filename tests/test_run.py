@@ -276,7 +276,7 @@ def test_a_chunk_has_its_own_seconds_where_dispatch_waits_for_it(monkeypatch):
         return jax.block_until_ready(advance(trainer))
 
     monkeypatch.setattr(Trainer, "advance", slow_dispatch)
-    monkeypatch.setattr(sys.modules["instrdiv.run"], "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys.modules["instrdiv.chunks"], "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     done = run(Sweep.grid(TINY, seeds=1, dev_tests=8, tests=8, instructions=[4]), progress=False, keep_params=False)
     assert [row["seconds"] for row in done.timings] == [10.0] * TINY.chunks
     assert [row["elapsed_seconds"] for row in done.timings] == [10.0 * (i + 1) for i in range(TINY.chunks)]

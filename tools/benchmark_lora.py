@@ -10,7 +10,7 @@ clock starts, with the same activations kept, without clipping, schedule or metr
 one process (``tools/measuring.py``).
 
 What is found goes to ``results/finetuning/benchmark-<device>/``: ``benchmark.json`` (the machine, every sample, and
-``memory``: the compiler's account of the programs, and the bytes that lie on the device when a population is set up),
+``memory``: the bytes of the bases and of what every contender adds to them on the device, and the compiler's account),
 ``benchmark.csv``, ``benchmark.png``.
 
 preset   hardware          time                     what it measures
@@ -37,16 +37,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from instrdiv.finetuning.packing import Packed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instrdiv.finetuning.config import ModelConfig, Rope
 from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora, linear_shapes
+from instrdiv.finetuning.packing import Packed
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Recipe, make_mesh
 from instrdiv.finetuning.weights import quantise
 from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, define_preset_flag, start, usable_cores
+from instrdiv.planning import in_bytes
 from instrdiv.probing import peak_device_bytes, program_bytes
 from instrdiv.progress import telling
 from instrdiv.results import Row
@@ -140,7 +141,12 @@ SCALES = {
 
 
 class World:
-    """What all contenders train on: members that differ in their seed, one set of random rows, one base a kind."""
+    """What all contenders train on: members that differ in their seed, one set of random rows, one base a kind.
+
+    Attributes:
+      members, rows: see above.
+      memory: bytes of the bases, and of what each of ours added to them, by its kind.
+    """
 
     def __init__(self, scale: Scale):
         self.scale = scale
@@ -155,7 +161,21 @@ class World:
         response = positions >= scale.places // 2
         segments, sources = np.ones(shape, np.int32), np.zeros(shape, np.int8)
         self.rows = Packed(tokens, positions, segments, response, sources, ("random",))
-        self.weights = {int8: self._random_weights(int8) for int8 in (False, True)}
+        self.memory: dict[str, Any] = {}
+        self._weights: dict[bool, Mapping[str, Any]] = {}
+
+    def weights(self, int8: bool) -> Mapping[str, Any]:
+        """The base, made when it is first asked for; all of ours that have it share it. Raises NotRun."""
+        if int8 not in self._weights:
+            config, dtype = self.scale.config, jnp.dtype(self.scale.precision)
+            kernels = sum(math.prod(shape) for shape in linear_shapes(config).values())
+            # Made leaf by leaf: a fifth for the largest of them, while it is made.
+            needed = 1.2 * (config.vocab_size * config.width + kernels) * (1 if int8 else dtype.itemsize)
+            if (free := _free_bytes()) < needed:
+                raise NotRun(f"not run: the base needs {in_bytes(needed)}, {in_bytes(free)} of memory are free")
+            self._weights[int8] = self._random_weights(int8)
+            self.memory[_base(int8)] = _size(self._weights[int8])
+        return self._weights[int8]
 
     def _random_weights(self, int8: bool) -> Mapping[str, Any]:
         """Random weights on the first device, in the compute precision; the kernels of the blocks in eight bits."""
@@ -189,26 +209,19 @@ class World:
             schedule="constant",
         )
         rows = [self.rows] * members
-        return AdapterTrainer(scale.config, self.weights[int8], self.members[:members], rows, recipe, make_mesh())
+        return AdapterTrainer(scale.config, self.weights(int8), self.members[:members], rows, recipe, make_mesh())
 
-    def memory(self) -> dict[str, Any]:
-        """Bytes of the base, of what every member adds, and of the programs; and what lies on the device."""
-        found: dict[str, Any] = {"base": _size(self.weights[False]), "base_int8": _size(self.weights[True])}
-        for name, members in (("population", self.scale.members), ("one_at_a_time", 1)):
-            trainer = self.trainer(members)
-            compiled, _ = compile_program(trainer.program, *trainer.chunk_arguments())
-            analysis = compiled.memory_analysis()
-            found[name] = {
-                "members": members,
-                "state": _size(trainer.state),
-                "program": program_bytes(compiled),
-                "arguments": analysis.argument_size_in_bytes,
-                "temporaries": analysis.temp_size_in_bytes,
-                # All that this trainer keeps alive; the base in eight bits is another contender's.
-                "live": sum(array.nbytes for array in jax.live_arrays()) - found["base_int8"],
-            }
-            del trainer, compiled
-        return found
+
+def _base(int8: bool) -> str:
+    return "base_int8" if int8 else "base"
+
+
+def _free_bytes() -> float:
+    """Of the first device's memory; infinite where nothing tells."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def _size(tree: Any) -> int:
@@ -218,10 +231,21 @@ def _size(tree: Any) -> int:
 def ours(world: World, members: int, int8: bool) -> Contender:
     """Members together; one of them stands for one after another: they differ in their seeds, the program is one."""
     scale, together = world.scale, members > 1
+    kind = ("population" if together else "one_at_a_time") + ("_int8" if int8 else "")
 
     def set_up() -> Ready:
+        world.weights(int8)
+        before = _size(jax.live_arrays())
         trainer = world.trainer(members, int8)
         trainer.program, seconds = compile_program(trainer.program, *trainer.chunk_arguments())
+        analysis = trainer.program.memory_analysis()
+        world.memory[kind] = {
+            "members": members,
+            "state": _size(trainer.state),
+            "added": _size(jax.live_arrays()) - before,  # to what lies on the device: the base is not copied
+            "arguments": analysis.argument_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes,
+        }
         return Ready(
             call=trainer.advance,
             wait=lambda: jax.block_until_ready(trainer.state),
@@ -233,7 +257,7 @@ def ours(world: World, members: int, int8: bool) -> Contender:
     base = "8-bit base" if int8 else f"{scale.precision} base"
     who = f"{members} adapters together" if together else "one adapter at a time"
     return Contender(
-        kind=("population" if together else "one_at_a_time") + ("_int8" if int8 else ""),
+        kind=kind,
         side="ours",
         label=f"ours: {who}, {base}",
         batch_size=scale.batch_size,
@@ -323,13 +347,14 @@ def line_up(world: World) -> list[Contender]:
 def verdict(record: Record) -> list[str]:
     """What is to be read from it, in words."""
     said = []
-    for suffix, base in (("", "base"), ("_int8", "base_int8")):
+    memory = record.memory or {}
+    for suffix, int8 in (("", False), ("_int8", True)):
         together, alone = record.best(f"population{suffix}"), record.best(f"one_at_a_time{suffix}")
         if together and alone:
-            words = "8-bit" if suffix else record.setting.precision
-            said.append(f"{record.members} adapters together over one {words} base of "
-                        f"{(record.memory or {}).get(base, 0) / 1e6:,.1f} MB take "
-                        f"{1 / ratio(together, alone):.2f} of the time of {record.members} runs")  # fmt: skip
+            words = "8-bit" if int8 else record.setting.precision
+            said.append(f"{record.members} adapters together over one {words} base of {in_bytes(memory[_base(int8)])}, "
+                        f"which add {in_bytes(memory[f'population{suffix}']['added'])}, take "
+                        f"{1 / ratio(together, alone):.2f} of the time of as many runs one after another")  # fmt: skip
     together, peer = record.best("population"), record.best("peft")
     if together and peer:
         said.append(f"and {1 / ratio(together, peer):.2f} of the time of Transformers + PEFT")
@@ -366,9 +391,7 @@ def benchmark() -> None:
             ceilings=machine.ceilings(scale.precision),
             outcomes=[Outcome(contender) for contender in line_up(world)],
         )
-        say("compiling a population and one member, for their memory")
-        record.memory = world.memory()
-        record.write(folder)
+        record.memory = world.memory
         set_up(record, folder, time_left, say)
 
         def before(round: int, place: int, outcome: Outcome) -> None:

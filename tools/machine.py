@@ -27,7 +27,7 @@ _SECONDS, _TRIES = 0.3, 3
 def describe() -> dict[str, Any]:
     """What a reader has to know of the machine and its software to judge the numbers."""
     said = provenance()
-    for package in ("torch", "transformers"):
+    for package in ("torch", "transformers", "peft"):
         try:
             said["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -147,7 +147,7 @@ def training_rows(setting: EncryptedSetting, seed: int) -> list[Row]:
     return _rows(setting, rules[of_rule], seed, first[of_rule] + place, "training")
 
 
-def test_rows(setting: EncryptedSetting, split: str, tests: int, dev_tests: int, seed: int) -> list[Row]:
+def rows_of_split(setting: EncryptedSetting, split: str, tests: int, dev_tests: int, seed: int) -> list[Row]:
     """Tests of a split: ``tests`` of them (``dev_tests`` of unseen_dev), a rule each where there are enough.
 
     The unseen splits are the same for all members of a task; ``seen`` goes through the rules that ``seed`` trained.

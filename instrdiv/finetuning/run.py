@@ -31,6 +31,7 @@ from instrdiv.directories import Provenance, check_usable, clear_errors, locked
 from instrdiv.finetuning import lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter
+from instrdiv.finetuning.packing import Packed
 from instrdiv.finetuning.training import (
     AdapterMember,
     AdapterTrainer,
@@ -85,7 +86,7 @@ def finetune(
     config: ModelConfig,
     weights: Mapping[str, Any],
     members: Sequence[AdapterMember],
-    data: Sequence[Any],
+    data: Sequence[Packed],
     recipe: Recipe,
     mesh: Mesh | None = None,
     run_dir: Path | str | None = None,
@@ -124,13 +125,16 @@ def finetune(
     said = _describe(config, weights, members, data, recipe, figure, base)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_begun(path, said, overwrite))
-        provenance = Provenance(path)
-        facts = {"mesh": dict(mesh.shape)}
-        provenance.write(**facts)
         stack.enter_context(reporter)
         stop = stack.enter_context(StopRequest(reporter.note, overwrite))
         checkpoints = stack.enter_context(Checkpoints(path / "checkpoints" / _GROUP, reporter.note))
         launch = _Launch(config, weights, members, data, recipe, mesh, figure, reporter, path, checkpoints)
+        if launch.trainer.step == recipe.steps and all((path / "adapters" / m.id).is_dir() for m in members):
+            reporter.note(f"{path}: finished earlier, read back")
+            return launch.train()
+        provenance = Provenance(path)
+        facts: dict[str, Any] = {"mesh": dict(mesh.shape)}
+        provenance.write(**facts)
         done = launch.train(schedule or Schedule(), stop)
         with clear_errors(path):
             for member in members:
@@ -149,7 +153,7 @@ class _Launch:
         config: ModelConfig,
         weights: Mapping[str, Any],
         members: Sequence[AdapterMember],
-        data: Sequence[Any],
+        data: Sequence[Packed],
         recipe: Recipe,
         mesh: Mesh,
         figure: str,
@@ -252,7 +256,7 @@ def _describe(
     config: ModelConfig,
     weights: Mapping[str, Any],
     members: Sequence[AdapterMember],
-    data: Sequence[Any],
+    data: Sequence[Packed],
     recipe: Recipe,
     figure: str,
     base: str | None,
@@ -276,7 +280,7 @@ def _describe(
     )
 
 
-def data_digest(rows: Any) -> str:
+def data_digest(rows: Packed) -> str:
     """Changes whenever a packed data set does."""
     digest = hashlib.sha256(json.dumps(rows.source_names).encode())
     for name in ("tokens", "positions", "segments", "loss_mask", "sources"):

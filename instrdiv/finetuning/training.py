@@ -30,6 +30,7 @@ from instrdiv.checkpoints import stacked_state
 from instrdiv.finetuning import llama, lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter, Lora
+from instrdiv.finetuning.packing import Packed
 from instrdiv.optimizers import rate_at
 from instrdiv.population import ExampleOrder, padded_size, put
 from instrdiv.results import plain
@@ -361,7 +362,7 @@ class AdapterTrainer:
         config: ModelConfig,
         weights: Mapping[str, Any],
         members: Sequence[AdapterMember],
-        data: Sequence[Any],
+        data: Sequence[Packed],
         recipe: Recipe,
         mesh: Mesh,
         restored: tuple[int, dict[str, np.ndarray]] | None = None,
@@ -461,7 +462,7 @@ class AdapterTrainer:
 
 
 def check(
-    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Any], recipe: Recipe, mesh: Mesh
+    config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Packed], recipe: Recipe, mesh: Mesh
 ) -> None:
     """Raises BadInput unless members, data and layout fit one another and the base. Cheap, but reads the tokens."""
     recipe.validate()
@@ -475,20 +476,18 @@ def check(
             raise BadInput(f"a seed is a whole number from 0 to 2^31 - 1, got {member.seed}")
     if len({member.id for member in members}) < len(members):
         raise BadInput("two members are the same: they must differ in their adapter, rate, seed or setting")
-    rows = recipe.batch_size // recipe.parts
-    if rows % mesh.shape["data"]:
-        raise BadInput(f"--data_parallel={mesh.shape['data']}: must divide the {rows} rows of a member that go through "
-                       "the model at once (--config.microbatch_size, or --config.batch_size)")  # fmt: skip
+    at_once = recipe.batch_size // recipe.parts
+    if at_once % mesh.shape["data"]:
+        raise BadInput(f"--data_parallel={mesh.shape['data']}: must divide the {at_once} rows of a member that go "
+                       "through the model at once (--config.microbatch_size, or --config.batch_size)")  # fmt: skip
     lengths = {rows.tokens.shape[1] for rows in data}
     if len(lengths) > 1:
         raise BadInput(f"rows are {' and '.join(map(str, sorted(lengths)))} tokens long: pack all members' data alike")
     if len({name for rows in data for name in rows.source_names}) > 127:
         raise BadInput("the data have more than 127 sources; give some of them one name")
-    for number, rows in enumerate(data):
-        if any(rows is other for other in data[:number]):
-            continue
-        if not len(rows.tokens) or not rows.loss_mask.any():
-            raise BadInput(f"the data of member {members[number].id} have no response to learn from")
-        if rows.tokens.min() < 0 or rows.tokens.max() >= config.vocab_size:
-            raise BadInput(f"the data of member {members[number].id} have the token {rows.tokens.max()}, the model has "
+    for member, packed in {id(packed): (member, packed) for member, packed in zip(members, data, strict=True)}.values():
+        if not packed.loss_mask.any():
+            raise BadInput(f"the data of member {member.id} have no response to learn from")
+        if packed.tokens.min() < 0 or packed.tokens.max() >= config.vocab_size:
+            raise BadInput(f"the data of member {member.id} have the token {packed.tokens.max()}, the model has "
                            f"{config.vocab_size}; use the model's own tokenizer")  # fmt: skip

@@ -52,8 +52,11 @@ TABLE: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
 #: Ends of names that old checkpoints have besides: frequencies, which follow from config.json.
 IGNORED = ("rotary_emb.inv_freq",)
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+_SINGLE, _INDEX = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  #: What safetensors names the dtypes that are read.
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 
 class Leaf(NamedTuple):
@@ -202,21 +205,13 @@ def write_weights(
     """
     directory, dtype = Path(directory), jnp.dtype(precision)
     fields = config.to_json() | {"torch_dtype": dtype.name}
-    names = {np_dtype: name for name, np_dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for leaf in leaves(config):
-        for name in leaf.names():
-            begin, end = end, end + math.prod(leaf.shape) * dtype.itemsize
-            header[name] = {"dtype": names[dtype], "shape": leaf.stored_shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = header_of({name: (leaf.stored_shape, dtype) for leaf in leaves(config) for name in leaf.names()})
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise BadInput(f"{directory}: is not empty, and nothing is overwritten; name another directory")
         with open(directory / _SINGLE, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for leaf in leaves(config):
                 array = functools.reduce(lambda node, key: node[key], leaf.path, weights)
                 for layer in range(leaf.layers or 1):
@@ -230,7 +225,20 @@ def write_weights(
         raise BadInput(f"{directory}: cannot be written ({error.strerror}); name another directory") from None
 
 
-class _Stored(NamedTuple):
+def header_of(tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> bytes:
+    """What a safetensors file begins with, given the shapes and dtypes of its tensors; their numbers follow in turn."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Stored(NamedTuple):
     """A tensor in a file."""
 
     file: Path
@@ -240,7 +248,7 @@ class _Stored(NamedTuple):
     offset: int  # bytes from the start of the file
 
     def map(self) -> np.ndarray:
-        return np.asarray(np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape))
+        return np.asarray(np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape))
 
     def on_device(self, sharding: Sharding) -> jax.Array:
         """The tensor as it is, each device's part read by itself."""
@@ -248,11 +256,11 @@ class _Stored(NamedTuple):
         return jax.make_array_from_callback(self.shape, sharding, lambda index: mapped[index])
 
 
-def _stored_tensors(directory: Path) -> dict[str, _Stored]:
+def _stored_tensors(directory: Path) -> dict[str, Stored]:
     """The tensors of a checkpoint, by name; only the headers are read."""
     index = directory / _INDEX
     if (directory / _SINGLE).is_file():
-        return {tensor.name: tensor for tensor in _header(directory / _SINGLE)}
+        return {tensor.name: tensor for tensor in tensors_in(directory / _SINGLE)}
     if not index.is_file():
         raise BadInput(_without_weights(directory))
     try:
@@ -265,13 +273,13 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = "lacks the field weight_map" if isinstance(error, KeyError) else str(error)
         raise BadInput(f"{index}: cannot be read ({what}); fetch it again") from None
-    found: dict[str, _Stored] = {}
+    found: dict[str, Stored] = {}
     for file, names in sorted(by_file.items()):
         path = directory / file
         if not path.is_file():
             raise BadInput(f"{path}: is missing; {_INDEX} says that it has {names[0]} and {len(names) - 1} other "
                            "tensors; fetch it again")  # fmt: skip
-        there = {tensor.name: tensor for tensor in _header(path)}
+        there = {tensor.name: tensor for tensor in tensors_in(path)}
         for name in names:
             if name not in there:
                 raise BadInput(f"{path}: lacks the tensor {name}, which {_INDEX} says that it has; fetch it again")
@@ -291,8 +299,8 @@ def _without_weights(directory: Path) -> str:
     return f"{directory}: has neither {_SINGLE} nor {_INDEX}; fetch the checkpoint's *.safetensors"
 
 
-def _header(path: Path) -> Iterator[_Stored]:
-    """The tensors of a file, which is long enough for all of them."""
+def tensors_in(path: Path) -> Iterator[Stored]:
+    """The tensors of a safetensors file, which is long enough for all of them. Raises BadInput where it is damaged."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -317,13 +325,13 @@ def _header(path: Path) -> Iterator[_Stored]:
         if 8 + length + end > size:
             raise BadInput(f"{path}: is damaged: its tensor {name} ends at byte {8 + length + end}, and the file at "
                            f"{size}; fetch it again")  # fmt: skip
-        if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
             raise BadInput(f"{path}: is damaged: its tensor {name} of {list(shape)} {dtype} has {end - begin} bytes; "
                            "fetch it again")  # fmt: skip
-        yield _Stored(path, name, dtype, shape, 8 + length + begin)
+        yield Stored(path, name, dtype, shape, 8 + length + begin)
 
 
-def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapping[str, _Stored]) -> None:
+def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapping[str, Stored]) -> None:
     """Every tensor that the decoder needs is there, in a dtype and shape that it can use, and no other is."""
     needed = {name: leaf for leaf in there for name in leaf.names()}
     for name, leaf in needed.items():
@@ -331,8 +339,8 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
             raise BadInput(f"{directory}: has no tensor {name} {list(leaf.stored_shape)}, which by its config.json it "
                            "must have; fetch it again")  # fmt: skip
         tensor = stored[name]
-        if tensor.dtype not in _DTYPES:
-            raise BadInput(f"{tensor.file}: tensor {name} is {tensor.dtype}; supported are {', '.join(_DTYPES)}")
+        if tensor.dtype not in DTYPES:
+            raise BadInput(f"{tensor.file}: tensor {name} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
         if tensor.shape != leaf.stored_shape:
             raise BadInput(f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}; by config.json it should "
                            f"have {list(leaf.stored_shape)}")  # fmt: skip
@@ -348,7 +356,7 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
         raise BadInput(f"{tensor.file}: tensor {name} is not known; by config.json there is none")
 
 
-def _read_leaf(leaf: Leaf, tensors: list[_Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
+def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
     """An array of the tree, or a quantised kernel: made empty, and filled layer by layer."""
     layers = () if leaf.layers is None else (leaf.layers,)
     shape, sharding = (*layers, *leaf.shape), NamedSharding(mesh, spec)
@@ -360,25 +368,28 @@ def _read_leaf(leaf: Leaf, tensors: list[_Stored], dtype: Any, mesh: Mesh, spec:
     else:
         by_layer = jnp.zeros(shape, dtype, device=sharding)
     shardings = jax.tree.map(lambda array: array.sharding, by_layer)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def place(by_layer: Any, tensor: jax.Array, layer: int) -> Any:
-        def put(into: jax.Array, one: jax.Array) -> jax.Array:
-            stack = into.reshape(-1, *one.shape)
-            return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0).reshape(into.shape)
-
-        ours = tensor.T if leaf.is_kernel else tensor
-        one = quantise(ours) if isinstance(by_layer, Quantised) else ours.astype(dtype)
-        return jax.tree.map(put, by_layer, one), jnp.isfinite(tensor).all()
-
     of_one = tuple(spec)[len(layers) :]
     as_stored = NamedSharding(mesh, P(*(of_one[::-1] if leaf.is_kernel else of_one)))
     for layer, tensor in enumerate(tensors):
-        by_layer, finite = place(by_layer, tensor.on_device(as_stored), layer)
+        placed = tensor.on_device(as_stored)
+        by_layer, finite = _place(by_layer, placed, layer, transposed=leaf.is_kernel, shardings=shardings)
         if not finite:  # asked of each, so that a tensor has gone before the next one comes
             raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has numbers that are not finite; "
                            "fetch it again")  # fmt: skip
     return by_layer
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("transposed", "shardings"))
+def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bool, shardings: Any) -> Any:
+    """The leaf with a tensor of the file in its layer's place; and whether all its numbers are finite."""
+
+    def put(into: jax.Array, one: jax.Array) -> jax.Array:
+        stack = into.reshape(-1, *one.shape)
+        return jax.lax.dynamic_update_index_in_dim(stack, one.astype(into.dtype), layer, 0).reshape(into.shape)
+
+    ours = tensor.T if transposed else tensor
+    one = quantise(ours) if isinstance(by_layer, Quantised) else ours
+    return jax.lax.with_sharding_constraint(jax.tree.map(put, by_layer, one), shardings), jnp.isfinite(tensor).all()
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))

@@ -1,6 +1,8 @@
 """Training adapters: PyTorch with PEFT is the oracle; a population is its members, however it is laid out."""
 
+import copy
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.checkpoints import named_leaves
 from instrdiv.finetuning import lora, training
+from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Batch, Recipe, make_mesh
-from instrdiv.finetuning.weights import partition_specs
+from instrdiv.finetuning.weights import partition_specs, quantise
 from instrdiv.settings import BadInput
 from tests.finetuning import worlds
 
@@ -228,6 +231,27 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
     kernel = one.weights["layers"]["up_proj"]["kernel"]
     parts = tensor_parallel * (devices // tensor_parallel if fsdp else 1)
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
+    if fsdp and tensor_parallel == 1:
+        # A kernel is gathered where its layer is, never those of all layers at once.
+        new = trainer(mesh=mesh, weights=weights)
+        text = new.program.lower(*new.chunk_arguments()).compile().as_text()
+        gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
+        stacked = {
+            ",".join(map(str, pair["kernel"].shape)) for pair in one.weights["layers"].values() if "kernel" in pair
+        }
+        assert "16,24" in gathered and "2,16,24" in stacked and not stacked & set(gathered)
+
+
+def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
+    weights = worlds.weights()
+    blocks = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    eight = weights | {"layers": blocks}
+    meant = lora.merge(eight, MEMBERS[0].lora, {}, jnp.float32)
+    metrics, one = trained(MEMBERS[:1], DATA[:1], weights=eight)
+    expected, _ = trained(MEMBERS[:1], DATA[:1], weights=meant)
+    np.testing.assert_allclose(metrics.losses, expected.losses, rtol=1e-4)
+    assert one.weights["layers"]["q_proj"]["kernel"].values.dtype == jnp.int8
+    assert np.abs(metrics.losses - trained(MEMBERS[:1], DATA[:1])[0].losses).max() > 1e-3
 
 
 def test_training_is_what_pytorch_and_peft_do(tmp_path):
@@ -237,7 +261,7 @@ def test_training_is_what_pytorch_and_peft_do(tmp_path):
     weights = worlds.weights_of(model)
     member = AdapterMember(Lora(3, 5.0, "all-linear"), 2e-2, seed=4)
     recipe = dataclasses.replace(RECIPE, steps=5, reports=5, schedule="constant", warmup_steps=0, clip=0.5)
-    data = dataclasses.replace(DATA[1], source_names=("all",), sources=np.minimum(DATA[1].sources, 0))
+    data = dataclasses.replace(copy.deepcopy(DATA[1]), source_names=("all",))
     # One example a row: packing is not what is compared.
     data.tokens[:] = worlds.tokens(*data.tokens.shape, seed=9)
     data.segments[:], data.positions[:] = 1, np.arange(data.tokens.shape[1])

@@ -1,6 +1,5 @@
 """A tiny base model for tests: random weights, as a tree of ours and as a Transformers model."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from instrdiv.finetuning import llama
 from instrdiv.finetuning.config import ModelConfig, Rope
 from instrdiv.finetuning.lora import linear_shapes
+from instrdiv.finetuning.packing import Packed
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -99,19 +99,7 @@ def weights_of(model: Any) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass
-class Rows:
-    """Packed rows, as ``packing.Packed``."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    loss_mask: np.ndarray
-    sources: np.ndarray
-    source_names: tuple[str, ...]
-
-
-def packed(rows: int = 6, places: int = 12, seed: int = 0, source_names: tuple[str, ...] = ("code", "prose")) -> Rows:
+def packed(rows: int = 6, places: int = 12, seed: int = 0, source_names: tuple[str, ...] = ("code", "prose")) -> Packed:
     """Random rows: two examples a row, each of a source of its own, its first half a prompt; and some padding."""
     rng = np.random.default_rng([seed, 7])
     fields = {name: np.zeros((rows, places), np.int32) for name in ("tokens", "positions", "segments")}
@@ -126,4 +114,4 @@ def packed(rows: int = 6, places: int = 12, seed: int = 0, source_names: tuple[s
             mask[row, start + length // 2 : start + length] = True
             sources[part] = rng.integers(len(source_names))
             start += length
-    return Rows(**fields, loss_mask=mask, sources=sources, source_names=source_names)
+    return Packed(**fields, loss_mask=mask, sources=sources, source_names=source_names)
