@@ -75,18 +75,20 @@ def read_sources(data: tuple[str, ...], schema: str | None, empty: list[str] | N
 
 def summary(scores: Sequence[TableRow]) -> str:
     """The numbers as a table for people."""
-    columns = {
-        "texts": "texts", "distinct": "distinct", "near_duplicates": "near duplicates", "drawn": "drawn",
-        "clusters": "effective clusters", "vendi": "Vendi score",
-    }  # fmt: skip
-    shown = [
-        {"source": row["source"], **{label: _short(row[name]) for name, label in columns.items()}} for row in scores
-    ]
-    return as_text(shown)
-
-
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if value < 1 else f"{value:,.1f}"
+    return as_text(
+        [
+            {
+                "source": row["source"],
+                "texts": f"{row['texts']:,}",
+                "distinct": f"{row['distinct']:,}",
+                "near duplicates": f"{row['near_duplicates']:.1%}",
+                "drawn": f"{row['drawn']:,}",
+                "effective clusters": f"{row['clusters']:,.1f}",
+                "Vendi score": f"{row['vendi']:,.1f}",
+            }
+            for row in scores
+        ]
+    )
 
 
 def example() -> dict[str, list[Row]]:

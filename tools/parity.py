@@ -119,10 +119,10 @@ class Pair:
             noise = torch.randn_like(parameter)
             if name.endswith("norm.weight"):
                 parameter.data = 1 + 0.3 * noise
-            elif "embed" in name:  # small, or a tied head would say again what was said
-                parameter.data = 0.2 * noise
+            elif "proj" in name and noise.ndim == 2:  # large, and the rest small, so that what is said varies
+                parameter.data = 1.3 * noise / parameter.shape[-1] ** 0.5
             else:
-                parameter.data = noise / 2 if noise.ndim == 1 or "head" in name else noise / parameter.shape[-1] ** 0.5
+                parameter.data = 0.2 * noise
         theirs.save_pretrained(path, **save)
         config = ModelConfig.from_json(path)
         return cls(theirs, path, config, read_weights(path, config))

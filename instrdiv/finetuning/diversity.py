@@ -218,11 +218,11 @@ def _of_all(texts: Sequence[str], say: Callable[[str], None]) -> Row:
     """What is counted in all texts of a source, without an embedder."""
     first = exact_duplicates(texts)
     counts = np.bincount(np.where(first < 0, np.arange(len(texts)), first))
-    distinct = np.count_nonzero(first < 0)
+    distinct = int(np.count_nonzero(first < 0))
     like, _ = near_duplicates(
         [text for text, earlier in zip(texts, first.tolist(), strict=True) if earlier < 0], say=say
     )
-    near = np.count_nonzero(like >= 0)
+    near = int(np.count_nonzero(like >= 0))
     return {
         "texts": len(texts),
         "distinct": distinct,

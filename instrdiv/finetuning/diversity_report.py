@@ -75,11 +75,13 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
     grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1), height_ratios=(max(len(names), 2), 3.2))
 
     axes = figure.add_subplot(grid[:, 0])
+    vendi = {row["source"]: row["vendi"] for row in scores}
     for i, name in enumerate(single):
         places = [(point["x"], point["y"]) for point in points if point["source"] == name]
-        marker = _MARKERS[i // len(_COLORS) % len(_MARKERS)]
-        label = f"{name} ({len(places):,} texts)"
-        axes.scatter(*zip(*places, strict=True), s=9, color=color[name], marker=marker, alpha=0.6, lw=0, label=label)
+        style = {"color": color[name], "marker": _MARKERS[i // len(_COLORS) % len(_MARKERS)], "alpha": 0.6, "lw": 0}
+        # Texts that several sources have are at one place: the less diverse source is drawn on top.
+        above = sum(vendi[other] > vendi[name] for other in single)
+        axes.scatter(*zip(*places, strict=True), s=9, label=f"{name} ({len(places):,})", zorder=2 + above, **style)
     axes.set_xticks([])
     axes.set_yticks([])
     kind = {"tsne": "t-SNE: near texts are alike; distances and sizes mean little", "pca": "two principal directions"}
@@ -98,6 +100,7 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
             end = value if errors is None else high
             axes.text(end, place + offset, f" {shown}  {label}", va="center", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(1, 6 * max(max(row["clusters"], row["vendi"]) for row in scores))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -107,17 +110,17 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
     axes = figure.add_subplot(grid[1, 1])
     for name in names:
         curve = [(row["same"], row["clusters"]) for row in scales if row["source"] == name]
-        axes.plot(*zip(*curve, strict=True), color=color[name], ls="--" if name == ALL else "-", lw=1.6, label=name)
+        axes.plot(*zip(*curve, strict=True), color=color[name], ls="--" if name == ALL else "-", lw=1.6)
     same = scores[0]["same"]
     axes.axvline(same, color=plots.BAND, lw=1, ls=":")
     axes.annotate(f"{same:g}", (same, 1), (3, 3), textcoords="offset points", fontsize=8, color="#444444")
     axes.set_yscale("log")
     axes.set_ylim(bottom=1)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("cosine from which on two texts are the same", fontsize=9)
     axes.set_ylabel("effective clusters", fontsize=9)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
     draws = max(row["draws"] for row in scores)
     intervals = f", means and 95 % intervals of {draws} draws" if draws > 1 else ""
     caption = (

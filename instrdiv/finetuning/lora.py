@@ -222,9 +222,9 @@ def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, 
     }
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "adapter_model.safetensors", "wb") as file:
-        file.write(header_of({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}))
-        for stored in tensors.values():
-            file.write(stored.data)
+        file.write(header_of({name: (array.shape, array.dtype) for name, array in tensors.items()}))
+        for array in tensors.values():
+            file.write(array.data)
     with replacing(out / "adapter_config.json") as file:
         json.dump(said, file, indent=2)
         file.write("\n")

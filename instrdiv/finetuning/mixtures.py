@@ -102,7 +102,8 @@ class Mixture:
             if name not in texts:
                 raise BadInput(f"--shares: there is no source {name}; --data has {', '.join(texts)}")
             if asked > len(texts[name]):
-                raise BadInput(f"--shares: {asked:,} rows are asked of {name}, which has {len(texts[name]):,}")
+                has = f"{len(texts[name]):,} that may be used"
+                raise BadInput(f"--shares: {asked:,} rows are asked of {name}, which has {has}")
         orders = [iter(shuffled(texts[name], seed).tolist()) for name in self.shares]
         names = list(self.shares)
         return [(names[place], next(orders[place])) for place in self.places().tolist()]

@@ -18,13 +18,20 @@ CONFIG = worlds.CONFIG
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6], [30, 31]]
 
 
+@jax.jit
+def all_logits(rows, adapters, scale):
+    x, _ = llama.hidden(CONFIG, worlds.weights(), rows, adapters, scale)
+    return llama.logits(CONFIG, worlds.weights(), x, adapters, scale)
+
+
 def by_hand(prompt, new_tokens, end_tokens=(), adapters=None, scale=None):
     """Greedy tokens of one prompt, everything read again for each of them; it stops after an end token."""
     tokens = list(prompt)
     for _ in range(new_tokens):
-        chosen = int(worlds.logits(worlds.weights(), np.array([tokens]), adapters, scale)[0, -1].argmax())
-        tokens.append(chosen)
-        if chosen in end_tokens:
+        row = np.array([[*tokens, *[0] * (24 - len(tokens))]])  # nothing sees what comes after it
+        logits = all_logits(worlds.rows_of(row), adapters, scale)
+        tokens.append(int(logits[0, len(tokens) - 1].argmax()))
+        if tokens[-1] in end_tokens:
             break
     return tokens[len(prompt) :]
 
