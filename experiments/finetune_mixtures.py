@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -264,7 +265,8 @@ class Data:
             rows += [who | {"packed_rows": report.rows, "epochs": epochs} | line for line in report.table]
         write_table(run_dir / "packing.csv", rows, PACKING_COLUMNS)
         _write_rows(run_dir / "held_out.csv", self.held_out_rows)
-        (run_dir / "rows").mkdir(exist_ok=True)
+        shutil.rmtree(run_dir / "rows", ignore_errors=True)  # those of a run that was overwritten
+        (run_dir / "rows").mkdir()
         for member, chosen in zip(members, self.chosen.values(), strict=True):
             _write_rows(run_dir / "rows" / f"{member.id}.csv", chosen)
 

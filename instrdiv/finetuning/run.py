@@ -55,7 +55,8 @@ SOURCE_COLUMNS = ("figure", "member", "seed", "step", "source", "loss", "respons
 
 #: Of the group, in tables and among the checkpoints: all members of a run train together.
 _GROUP = "adapters"
-_FILES = ("metrics.csv", "source_losses.csv", "timings.csv", "provenance.json")
+#: What is removed where another run begins; a launcher's results.csv, too, or they would be taken for the new run's.
+_FILES = ("metrics.csv", "source_losses.csv", "timings.csv", "provenance.json", "results.csv")
 _FOLDERS = ("checkpoints", "adapters")
 
 

@@ -158,7 +158,9 @@ def test_another_run_is_refused_by_name(finished, changes, words):
 def test_overwrite_starts_anew(finished, tmp_path):
     short = dataclasses.replace(RECIPE, steps=2, reports=1)
     start(tmp_path / "run", recipe=short)
+    (tmp_path / "run" / "results.csv").write_text("what a launcher found of the run that was here\n")
     start(tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "results.csv").exists()
     assert files_of(tmp_path / "run") == files_of(finished[0])
 
 
