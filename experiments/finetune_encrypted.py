@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -48,9 +45,18 @@ from instrdiv.finetuning.encrypted import (
     rows_of_split,
     training_rows,
 )
-from instrdiv.finetuning.lora import TARGETS, Lora, linear_shapes
+from instrdiv.finetuning.launching import (
+    Base,
+    define_adapter_flags,
+    forecast,
+    int8_of_flags,
+    lora_of_flags,
+    mesh_of_flags,
+    plan,
+)
+from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.packing import Packed, pack, tokenise
-from instrdiv.finetuning.pretraining import SmallBase, make_base, make_tokenizer, random_weights
+from instrdiv.finetuning.pretraining import SmallBase
 from instrdiv.finetuning.report import (
     IDENTITY,
     SAMPLE_COLUMNS,
@@ -63,22 +69,16 @@ from instrdiv.finetuning.run import FineTuned, finetune
 from instrdiv.finetuning.sources import Row as Text
 from instrdiv.finetuning.templates import make_template
 from instrdiv.finetuning.tokenizer import Tokenizer
-from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Recipe, check, make_mesh
-from instrdiv.finetuning.weights import read_weights
+from instrdiv.finetuning.training import AdapterMember, Recipe, check
 from instrdiv.launcher import (
-    ListParser,
-    NameParser,
     NumberParser,
     define,
     define_preset_flag,
     define_setting_flags,
-    define_switch,
     print_claims,
     setting_flags,
     start,
-    use_cpu_cores,
 )
-from instrdiv.pages import duration
 from instrdiv.progress import telling
 from instrdiv.results import Row, read_table, write_table
 from instrdiv.settings import BadInput
@@ -175,27 +175,22 @@ def main() -> None:
     recipe.validate()
     if preset.small is None and not FLAGS.base:
         raise BadInput(f"--preset={FLAGS.preset}: needs --base=DIR, the directory of a checkpoint (docs/finetuning.md)")
-    use_cpu_cores(FLAGS.devices)
-    mesh = make_mesh(FLAGS.devices or jax.device_count(), FLAGS.data_parallel, FLAGS.tensor_parallel)
+    mesh, int8 = mesh_of_flags(), int8_of_flags(preset.int8)
     check_usable(run_dir)
     print(f"{NAME}, preset {FLAGS.preset}, {run_dir}", flush=True)
-    base = Path(FLAGS.base or run_dir.with_name(f"{run_dir.name}-base"))
-    if FLAGS.dry_run:
-        with telling() as say:
-            print(forecast(preset, base, members, recipe, mesh, say))
-        return
     with telling() as say:
-        if not FLAGS.base:
-            assert preset.small is not None
-            make_base(base, encrypted(members[0]), preset.small, mesh, say)
-        config, tokenizer = ModelConfig.from_json(base), Tokenizer.load(base)
+        base = Base.of_flags(run_dir, preset.small, encrypted(members[0]), mesh, say)
+        config, tokenizer = base.config, base.tokenizer
         say("making the data")
         data = pack_all(members, tokenizer)
         check(config, members, data, recipe, mesh)
-        print(plan(config, members, recipe, data[0]), flush=True)
-        weights = read_base(preset, base, config, recipe, mesh, say)
-    tuned = finetune(config, weights, members, data, recipe, mesh, run_dir, NAME, str(base), overwrite=FLAGS.overwrite,
-                     schedule=Schedule(FLAGS.checkpoint_minutes))  # fmt: skip
+        print(plan(config, members, recipe, data[0].tokens.shape[1], int8), flush=True)
+        weights = base.weights(recipe, mesh, int8, say)
+        if FLAGS.dry_run:
+            print(forecast(config, weights, members, data, recipe, mesh, say))
+            return
+    tuned = finetune(config, weights, members, data, recipe, mesh, run_dir, NAME, str(base.path),
+                     overwrite=FLAGS.overwrite, schedule=Schedule(FLAGS.checkpoint_minutes))  # fmt: skip
     tests = FLAGS.tests or preset.tests
     if not is_tested(run_dir, members, recipe, tests):
         with locked(run_dir), telling() as say:
@@ -218,9 +213,7 @@ def make_members(preset: Preset) -> tuple[list[AdapterMember], Recipe]:
     for name, values in (("instructions", counts), ("kept", kept)):
         if len(set(values)) < len(values):
             raise BadInput(f"--config.{name}={','.join(map(str, values))}: names a value twice")
-    lora = dataclasses.replace(preset.lora, **{
-        name: value for name in ("rank", "alpha", "targets") if (value := FLAGS[name].value) is not None
-    })  # fmt: skip
+    lora = lora_of_flags(preset.lora)
     rate = preset.learning_rate if FLAGS.learning_rate is None else FLAGS.learning_rate
     members = []
     for count, way, seed in itertools.product(counts, kept, range(FLAGS.seeds or preset.seeds)):
@@ -240,57 +233,6 @@ def pack_all(members: Sequence[AdapterMember], tokenizer: Tokenizer) -> list[Pac
     examples = [list(tokenise(training_rows(encrypted(m), m.seed), template, tokenizer)) for m in members]
     longest = max(len(example.tokens) for of_member in examples for example in of_member)
     return [pack(of_member, longest, tokenizer.pad_id, several=False)[0] for of_member in examples]
-
-
-def plan(config: ModelConfig, members: Sequence[AdapterMember], recipe: Recipe, rows: Packed) -> str:
-    """What it will take, counted."""
-    shapes = linear_shapes(config)
-    base = sum(layers * inputs * outputs for layers, inputs, outputs in shapes.values())
-    rank = max(member.lora.rank for member in members)
-    targets = [name for name in TARGETS if any(name in member.lora.targets for member in members)]
-    adapter = sum(rank * shapes[name][0] * (shapes[name][1] + shapes[name][2]) for name in targets)
-    tokens = len(members) * recipe.steps * recipe.batch_size * rows.tokens.shape[1]
-    # Forward, and back to the activations: two products each; the thin ones also back to themselves.
-    flops = tokens * (4 * base + 6 * adapter)
-    return (
-        f"{len(members)} adapters of rank {rank}, {adapter:,} parameters each ({12 * adapter / 1e9:.3g} GB with their "
-        f"optimiser), over {base:,} of the base, held once; {recipe.steps:,} steps of {recipe.batch_size} rows of "
-        f"{rows.tokens.shape[1]} tokens: {tokens:.3g} tokens, {flops:.3g} FLOP"
-    )
-
-
-def read_base(
-    preset: Preset, base: Path, config: ModelConfig, recipe: Recipe, mesh: Mesh, say: Callable[[str], None]
-) -> Any:
-    """The base's weights on the mesh, as preset and flags want them held."""
-    say(f"reading {base}")
-    return read_weights(base, config, recipe.precision, mesh=mesh, fsdp=FLAGS.fsdp, int8=FLAGS.int8 or preset.int8)
-
-
-def forecast(
-    preset: Preset, base: Path, members: Sequence[AdapterMember], recipe: Recipe, mesh: Mesh, say: Callable[[str], None]
-) -> str:
-    """What it will take, and how long by the rate of two steps that are taken here. Writes nothing."""
-    if FLAGS.base:
-        config, tokenizer = ModelConfig.from_json(base), Tokenizer.load(base)
-        weights = read_base(preset, base, config, recipe, mesh, say)
-    else:
-        assert preset.small is not None
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = make_tokenizer(Path(folder), encrypted(members[0]))
-        config = preset.small.config(tokenizer.vocab_size, tokenizer.end_ids[0])
-        weights = random_weights(config, seed=0)  # as fast as those that it will learn
-    say("making the data")
-    data = pack_all(members, tokenizer)
-    trainer = AdapterTrainer(config, weights, members, data, dataclasses.replace(recipe, steps=2, reports=2,
-                                                                                warmup_steps=0), mesh)  # fmt: skip
-    say("compiling, and taking two steps")
-    jax.block_until_ready(trainer.advance())
-    started = time.monotonic()
-    jax.block_until_ready(trainer.advance())
-    took = duration(recipe.steps * (time.monotonic() - started))
-    where = f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}"
-    return f"{plan(config, members, recipe, data[0])}\ntraining: about {took} on {where}, by the rate of two steps"
 
 
 def is_tested(run_dir: Path, members: Sequence[AdapterMember], recipe: Recipe, tests: int) -> bool:
@@ -481,30 +423,8 @@ def judge(results: Sequence[Row], preset: Preset) -> list[thresholds.Claim] | No
 def define_flags() -> None:
     define_preset_flag(PRESETS)
     define_setting_flags(set(SWEPT), EncryptedSetting)
-    define_setting_flags(of=Recipe)
-    whole = NumberParser(int, low=1)
-    define(NameParser(), "base", "directory of the checkpoint that is adapted (default: the preset trains a small one)")
-    define(whole, "rank", "of the adapters (default: the preset's)")
-    define(
-        NumberParser(float, low=0), "alpha", "what an adapter adds is scaled by alpha over rank (default: the preset's)"
-    )
-    define(
-        ListParser(NameParser()),
-        "targets",
-        f"linear layers that are adapted, of {', '.join(TARGETS)} (default: the preset's)",
-    )
-    define(NumberParser(float, low=0), "learning_rate", "at its peak (default: the preset's)")
-    define(whole, "seeds", "adapters a setting (default: the preset's)")
-    define(whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: as many as can share the adapters)")
-    define(whole, "data_parallel", "devices that share one adapter's rows", default=1)
-    define(whole, "tensor_parallel", "devices that share every matrix of the base", default=1)
-    define_switch("fsdp", "spread the base over all devices; each layer is gathered when it is used")
-    define_switch("int8", "hold the base's layers in eight bits")
-    define(NameParser(), "run_dir", f"where tables and pictures go (default: runs/{NAME}-<preset>)")
-    define_switch("dry_run", "say what it would take, and stop")
-    define_switch("overwrite", "start anew in a directory that holds another run")
-    define(NumberParser(float, low=0), "checkpoint_minutes", "a checkpoint every so many minutes; inf: none", default=2)
+    define_adapter_flags(NAME)
+    define(NumberParser(int, low=1), "tests", "held-out rules that are tested at the end (default: the preset's)")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,13 @@ class Mixture:
     budget: int
 
     @classmethod
-    def parse(cls, shares: str, budget: int | None = None) -> Mixture:
+    def parse(cls, shares: str, budget: int | None = None, flag: str = "--shares") -> Mixture:
         """From flags: ``oss=0.75,alpaca=0.15,cot=0.1`` and a budget, or ``oss=15000,alpaca=3000,cot=2000`` and none.
 
-        Shares are read as exact decimals or fractions (``1/3``). Raises BadInput where they make no mixture.
+        Shares are read as exact decimals or fractions (``1/3``). Raises BadInput, naming the flag, where they make no
+        mixture.
         """
-        flag = f"--shares={shares}"
+        flag = f"{flag}={shares}"
         given: dict[str, Fraction] = {}
         for part in shares.split(","):
             name, _, text = (piece.strip() for piece in part.partition("="))
