@@ -53,7 +53,7 @@ def define_adapter_flags(name: str) -> None:
     )
     define(NumberParser(float, low=0), "learning_rate", "at its peak (default: the preset's)")
     define(whole, "seeds", "adapters a setting (default: the preset's)")
-    define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: as many as can share the adapters)")
+    define(NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
     define(whole, "data_parallel", "devices that share one adapter's rows", default=1)
     define(whole, "tensor_parallel", "devices that share every matrix of the base", default=1)
     define_switch("fsdp", "spread the base over all devices; each layer is gathered when it is used")

@@ -16,7 +16,7 @@ from instrdiv.finetuning import lora, training
 from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Batch, Recipe, make_mesh
-from instrdiv.finetuning.weights import partition_specs, quantise
+from instrdiv.finetuning.weights import leaves, partition_specs, quantise
 from instrdiv.settings import BadInput
 from tests.finetuning import worlds
 
@@ -340,3 +340,39 @@ def test_layouts_that_do_not_come_out_even():
         trainer(mesh=make_mesh(8, 8))
     with pytest.raises(BadInput, match="two members are the same"):
         trainer(members=[MEMBERS[0]] * 3)
+
+
+def test_the_step_compiles_at_the_shape_of_llama_2_7b():
+    """With shapes alone, as P1 trains it (rank 512, 8-bit base): the base is there once, each member adds its own."""
+    sizes = {"vocab_size": 32_000, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128}
+    config = dataclasses.replace(CONFIG, **sizes, mlp_width=11_008, windows=(None,) * 32)
+    weights: dict = {}
+    for leaf in leaves(config):
+        shape = leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
+        value = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        if leaf.is_kernel and leaf.layers:
+            value = jax.eval_shape(quantise, value)
+        *parents, last = leaf.path
+        node = weights
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    members = [Lora(512, 1024.0, ("q_proj", "v_proj"))] * 3
+    recipe = Recipe(batch_size=64, microbatch_size=8, remat=True, precision="bfloat16")
+    state = jax.eval_shape(
+        lambda seeds: training.init_state(config, recipe, members, seeds), jax.ShapeDtypeStruct((3,), jnp.uint32)
+    )
+    rows = {f.name: jax.ShapeDtypeStruct((recipe.parts, 3 * 8, 96), jnp.int32) for f in dataclasses.fields(Batch)}
+    numbers = training.MemberData(*[jax.ShapeDtypeStruct((3,), jnp.float32)] * 2)
+
+    def step(weights, data, state, number, batch):
+        batch = batch.replace(loss_mask=batch.loss_mask > 0)
+        return training.train_step(config, recipe, 1, 16, weights, data, state, number, batch)
+
+    program = jax.jit(step, donate_argnums=2).lower(
+        weights, numbers, state, jax.ShapeDtypeStruct((), jnp.int32), Batch(**rows)
+    )
+    memory = program.compile().memory_analysis()
+    adapter = 512 * 2 * 32 * (4096 + 4096)
+    expected = 6.48e9 + 4 * 32_000 * 4096 + 3 * 12 * adapter  # kernels a byte each; embedding and head two; 12 a number
+    assert memory.argument_size_in_bytes == pytest.approx(expected, rel=0.01)
