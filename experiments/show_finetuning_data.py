@@ -1,7 +1,7 @@
 """Looks at fine-tuning data as a model sees them: which text, which tokens, and which of them the loss is on.
 
     python -m experiments.show_finetuning_data --data=alpaca.json --checkpoint=Llama-2-7b-hf --template=alpaca --num=3
-    python -m experiments.show_finetuning_data --data=hub:ise-uiuc/Magicoder-OSS-Instruct-75K --checkpoint=... \
+    python -m experiments.show_finetuning_data --data=hub:ise-uiuc/Magicoder-OSS-Instruct-75K --checkpoint=... \\
         --template=magicoder --max_length=768 --report
 
 Of the checkpoint, only the tokenizer is read. In text, what the loss is on stands between ⟦ and ⟧; ``--format=tokens``
@@ -85,7 +85,7 @@ def main() -> None:
         _, report = pack(itertools.chain(shown, examples), FLAGS.max_length, tokenizer.pad_id)
         print(report.text, file=sys.stderr)
     if dropped:
-        print(f"{len(dropped):,} rows left out, the first at {dropped[0]}: they ask or answer nothing", file=sys.stderr)
+        print(f"left out, because they ask or answer nothing: {len(dropped):,}, first {dropped[0]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

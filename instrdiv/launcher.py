@@ -228,8 +228,8 @@ def start(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def define_preset_flag(names: Mapping[str, Any] | Sequence[str]) -> None:
-    flags.DEFINE_enum("preset", "laptop", list(names), "how large a world, a model and a budget")
+def define_preset_flag(names: Mapping[str, Any] | Sequence[str], default: str = "laptop") -> None:
+    flags.DEFINE_enum("preset", default, list(names), "how large a world, a model and a budget")
 
 
 def define_setting_flags(swept: set[str] | frozenset[str] = frozenset(), of: type = Setting) -> None:
@@ -334,9 +334,9 @@ def define(parser: flags.ArgumentParser, name: str, help: str, default: Any = No
     flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
 
 
-def define_switch(name: str, help: str) -> None:
-    """A flag that is on where it is named; like absl's, but that one reports a mistake as a tuple."""
-    flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, False, help, boolean=True))
+def define_switch(name: str, help: str, default: bool | None = False) -> None:
+    """A flag that is on where it is named, off as ``--no<name>``; absl's own reports a mistake as a tuple."""
+    flags.DEFINE_flag(flags.Flag(_BoolParser(), None, name, default, help, boolean=True))
 
 
 def _enum(choices: Sequence[str]) -> flags.ArgumentParser:

@@ -119,8 +119,10 @@ class Pair:
             noise = torch.randn_like(parameter)
             if name.endswith("norm.weight"):
                 parameter.data = 1 + 0.3 * noise
+            elif "proj" in name and noise.ndim == 2:  # large, and the rest small, so that what is said varies
+                parameter.data = 1.3 * noise / parameter.shape[-1] ** 0.5
             else:
-                parameter.data = noise / parameter.shape[-1] ** 0.5 if "proj" in name and noise.ndim == 2 else noise / 2
+                parameter.data = 0.2 * noise
         theirs.save_pretrained(path, **save)
         config = ModelConfig.from_json(path)
         return cls(theirs, path, config, read_weights(path, config))

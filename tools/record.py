@@ -165,13 +165,13 @@ class Record:
             edge = max(edge, 1.05 * ceiling)
             axes.axvline(ceiling, color=BAND, ls="--", lw=1.2, label=label)
         else:
-            axes.plot([], [], " ", label=label + " (beyond the right edge)")
+            axes.plot([], [], " ", label=label + ", off the right edge")
         axes.set_xlim(0, edge)
         axes.xaxis.set_major_formatter(lambda value, _: _thousands(value) if value else "0")
         axes.set_xlabel("useful tokens a second")
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8.5, frameon=False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=8, frameon=False)
         figure.supxlabel(self._caption(), fontsize=8.5, color="#444444", x=0.02, ha="left")
         figure.savefig(path, dpi=150, metadata={"Software": None})
 

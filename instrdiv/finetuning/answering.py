@@ -14,7 +14,7 @@ from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.decoding import decode_greedily, left_padded
 from instrdiv.finetuning.packing import prompt_tokens
 from instrdiv.finetuning.sources import Row
-from instrdiv.finetuning.templates import Template
+from instrdiv.finetuning.templates import Template, end_ids
 from instrdiv.finetuning.tokenizer import Tokenizer
 from instrdiv.population import padded_size
 
@@ -50,6 +50,7 @@ def answers(
     members, count = len(tests), len(tests[0])
     size = padded_size(members, mesh, 1)
     idle = size - members
+    ends = end_ids(template, tokenizer)
     rows_over_mesh = NamedSharding(mesh, P(("member", "data")))
     at_once = -(-min(at_once, count) // mesh.shape["data"]) * mesh.shape["data"]
     prompts_of: dict[int, list[list[int]]] = {}
@@ -62,21 +63,22 @@ def answers(
         over_members = NamedSharding(mesh, P("member"))
 
         def placed(leaf: Any) -> jax.Array:
-            return jax.device_put(np.concatenate([leaf, leaf[:1].repeat(idle, 0)]), over_members)
+            return jax.device_put(np.concatenate([leaf, np.repeat(leaf[:1], idle, 0)]), over_members)
 
         adapters, scale = jax.tree.map(placed, adapters), placed(scale)
 
     found: list[list[str]] = [[] for _ in tests]
     for first in range(0, count, at_once):
         piece = [of_member[first : first + at_once] for of_member in prompts]
-        filled = [[*of_member, *[[]] * (at_once - len(of_member))] for of_member in piece]
-        flat = [prompt for of_member in [*filled, *[[[]] * at_once] * idle] for prompt in of_member]
+        flat: list[list[int]] = []
+        for of_member in [*piece, *[[]] * idle]:
+            flat += [*of_member, *[[]] * (at_once - len(of_member))]
         rows = jax.device_put(left_padded(flat, places), rows_over_mesh)
-        tokens, lengths = decode_greedily(
+        decoded: Any = decode_greedily(
             config, weights, rows, adapters, scale,
-            new_tokens=new_tokens, end_tokens=tokenizer.end_ids, precision=precision,
+            new_tokens=new_tokens, end_tokens=ends, precision=precision,
         )  # fmt: skip
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        tokens, lengths = map(np.asarray, decoded)
         for member, of_member in enumerate(piece):
             at = member * at_once
             found[member] += [tokenizer.decode(tokens[i, : lengths[i]]) for i in range(at, at + len(of_member))]

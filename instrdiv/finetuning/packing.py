@@ -34,7 +34,7 @@ class Example:
 
     Attributes:
       tokens: int32 [n].
-      loss_mask: bool [n]; True where the token is one of a response, or ends it.
+      loss_mask: bool [n]; True where the token is one of a response, or ends it; False at the first.
       source, where: of the row.
       has_special_tokens: special tokens are written out in the row's own text, and have become themselves.
     """

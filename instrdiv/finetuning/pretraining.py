@@ -122,10 +122,7 @@ def make_base(
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    letters = Alphabet(setting.alphabet_size).letters + (" " if setting.separator == "space" else "")
-    words = (*PROMPT_WORDS, "Rule:")
-    write_tokenizer(unfinished, character_tokenizer(letters, (_PAD, _END, *words)), pad_token=_PAD, eos_token=_END)
-    tokenizer = Tokenizer.load(unfinished)
+    tokenizer = make_tokenizer(unfinished, setting)
     rows = plain_rows(setting, small.seed, small.examples)
     examples = list(tokenise(rows, make_template("plain", tokenizer), tokenizer))
     data, _ = pack(examples, max(len(example.tokens) for example in examples), tokenizer.pad_id, several=False)
@@ -138,6 +135,14 @@ def make_base(
     write_json(checkpoint / "pretraining.json", asked)
     checkpoint.rename(directory)
     shutil.rmtree(unfinished)
+
+
+def make_tokenizer(directory: Path, setting: EncryptedSetting) -> Tokenizer:
+    """Writes a tokenizer with one token a letter, and one for each of the prompt's words."""
+    letters = Alphabet(setting.alphabet_size).letters + (" " if setting.separator == "space" else "")
+    specials = (_PAD, _END, *PROMPT_WORDS, PROMPT_WORDS[1].strip())  # a plain prompt begins with its rule
+    write_tokenizer(directory, character_tokenizer(letters, specials), pad_token=_PAD, eos_token=_END)
+    return Tokenizer.load(directory)
 
 
 def random_weights(config: ModelConfig, seed: int) -> Weights:

@@ -94,7 +94,7 @@ def write_report(run_dir: Path, claims: Sequence[thresholds.Claim] | None, modul
         "summary": [_summary(key, rows, slices) for key, rows in by_setting.items()],
         "same": [(name, in_words(value)) for name, value in same.items()],
         "samples": _some(samples, of_member),
-        "made": _made(said),
+        "made": made(said),
         "command": shlex.join(["python", "-m", module, *flags]),
     }
     return write_page(run_dir / "report.html", "finetuning/report.html.jinja", page)
@@ -121,7 +121,8 @@ def _some(samples: Sequence[Row], of_member: Mapping[str, tuple]) -> list[dict[s
     return [sample for rows in shown.values() for sample in rows]
 
 
-def _made(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+def made(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run's provenance says of where and with what it was made."""
     facts = {
         "commit": said.get("commit"),
         "versions": ", ".join(f"{name} {version}" for name, version in said["versions"].items() if version),

@@ -125,13 +125,16 @@ def finetune(
     said = _describe(config, weights, members, data, recipe, figure, base)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_begun(path, said, overwrite))
-        provenance = Provenance(path)
-        facts: dict[str, Any] = {"mesh": dict(mesh.shape)}
-        provenance.write(**facts)
         stack.enter_context(reporter)
         stop = stack.enter_context(StopRequest(reporter.note, overwrite))
         checkpoints = stack.enter_context(Checkpoints(path / "checkpoints" / _GROUP, reporter.note))
         launch = _Launch(config, weights, members, data, recipe, mesh, figure, reporter, path, checkpoints)
+        if launch.trainer.step == recipe.steps and all((path / "adapters" / m.id).is_dir() for m in members):
+            reporter.note(f"{path}: finished earlier, read back")
+            return launch.train()
+        provenance = Provenance(path)
+        facts: dict[str, Any] = {"mesh": dict(mesh.shape)}
+        provenance.write(**facts)
         done = launch.train(schedule or Schedule(), stop)
         with clear_errors(path):
             for member in members:

@@ -240,6 +240,8 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
         raise BadInput(f"{path}: there is no such file")
     try:
         yield from reader(path)
+    except RecursionError:
+        raise BadInput(f"{path}: cannot be read: its JSON is nested too deeply") from None
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -253,8 +255,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}: line {number}"
             try:
                 record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise BadInput(f"{where}: is not JSON: {error}") from None
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{where}: is not JSON: {error.msg}, at column {error.colno}") from None
             yield where, record
 
 
@@ -264,17 +266,21 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         text = _text(file.read(), path, 1)
     opening = re.match(r'\s*(\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?=\{))', text)
     if opening is None:
+        try:
+            json.loads(text.strip().partition("\n")[0] or "{}")
+        except json.JSONDecodeError:
+            raise BadInput(f"{path}: is no list of records, no object of them, and no JSON lines") from None
         yield from _json_lines(path)
         return
     keyed = opening[1] != "["
     close = "}" if keyed else "]"
     decoder = json.JSONDecoder()
-    line, counted, at = 1, 0, _skip(text, text.index(opening[1][0]) + 1)
+    number, line, counted, at = 0, 1, 0, _skip(text, text.index(opening[1][0]) + 1)
     if text[at : at + 1] == close:
         return
     while True:
-        line, counted = line + text.count("\n", counted, at), at
-        where = f"{path}: line {line}"
+        number, line, counted = number + 1, line + text.count("\n", counted, at), at
+        where = f"{path}: row {number}, line {line}"
         try:
             if keyed:
                 _, at = decoder.raw_decode(text, at)
@@ -287,8 +293,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             following = text[at : at + 1]
             if following not in (",", close):
                 raise json.JSONDecodeError(f"Expecting ',' or '{close}'", text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadInput(f"{where}: is not JSON: {error}") from None
+        except json.JSONDecodeError as error:
+            place = f"at line {error.lineno}, column {error.colno}"
+            raise BadInput(f"{where}: is not JSON: {error.msg}, {place}") from None
         yield where, record
         at = _skip(text, at + 1)
         if following == close:

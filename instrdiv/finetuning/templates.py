@@ -131,6 +131,15 @@ def make_template(which: str, tokenizer: Tokenizer) -> Template:
         raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
+def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the checkpoint, and the one that this template ends responses with."""
+    response = template.pieces(Row("a", "b", where="a first trial"))[-1].text
+    *_, last = tokenizer.special_pattern.findall(response)
+    last_id = tokenizer.token_id(last)
+    assert last_id is not None
+    return tuple(dict.fromkeys([*tokenizer.end_ids, last_id]))
+
+
 class _NamedTemplate:
     starts = False
 

@@ -230,8 +230,10 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{file}: cannot be read: {error}") from None
     said = config.get("chat_template")
-    if isinstance(said, list):
-        said = {one["name"]: one["template"] for one in said}.get("default")
+    if isinstance(said, list):  # several, by name
+        said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}.get("default")
+    if said is not None and not isinstance(said, str):
+        raise BadInput(f"{path / 'tokenizer_config.json'}: its chat_template must be a string")
     return said
 
 

@@ -279,6 +279,13 @@ def response_losses(
     return jax.lax.scan(jax.checkpoint(sums, prevent_cse=False), zeros, parts)[0]
 
 
+def head_piece(config: ModelConfig, rows: int, places: int, mesh: Mesh) -> int:
+    """Places of so many rows, spread over a mesh, that the head is applied to at once: ``LOGIT_BYTES`` of logits."""
+    shards = mesh.shape["member"] * mesh.shape["data"]
+    piece = max(1, LOGIT_BYTES // (4 * config.vocab_size * rows // shards))
+    return math.ceil(places / math.ceil(places / piece))  # pieces of one size
+
+
 def train_step(
     config: ModelConfig,
     recipe: Recipe,
@@ -413,11 +420,7 @@ class AdapterTrainer:
     def _compiled(self) -> Any:
         config, recipe, sources = self.config, self.recipe, len(self.source_names)
         rows = self.size * recipe.batch_size // recipe.parts
-        shards = self.mesh.shape["member"] * self.mesh.shape["data"]
-        row_bytes = 4 * config.vocab_size * rows // shards
-        piece = max(1, LOGIT_BYTES // row_bytes)
-        places = self._rows[0].tokens.shape[1]
-        piece = math.ceil(places / math.ceil(places / piece))  # pieces of one size
+        piece = head_piece(config, rows, self._rows[0].tokens.shape[1], self.mesh)
 
         def train_adapters(weights, data, state, first_step, batches):
             def body(state, step_and_batch):

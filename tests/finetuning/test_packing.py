@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrdiv.finetuning import llama
-from instrdiv.finetuning.config import ModelConfig, Rope
 from instrdiv.finetuning.packing import REPORT_COLUMNS, Example, pack, prompt_tokens, tokenise
 from instrdiv.finetuning.sources import Row
 from instrdiv.finetuning.templates import make_template
 from instrdiv.finetuning.tokenizer import Tokenizer, character_tokenizer, write_tokenizer
 from instrdiv.settings import BadInput
+from tests.finetuning import worlds
 from tests.finetuning.tiny import byte_level, sentencepiece_like
 
 pytest.importorskip("tokenizers")
@@ -73,6 +73,20 @@ def test_prompt_and_response_have_the_tokens_of_generation(tmp_path, kind, templ
             assert theirs.decode(before + ids).removeprefix("x") == f"{around}{response}{around}{end}"
 
 
+def test_a_text_that_begins_itself_gets_no_second_beginning(tmp_path):
+    """A chat template writes the bos token or leaves it out; a named format gets what the tokenizer puts first."""
+    tokenizer, row = Tokenizer.load(byte_level(tmp_path / "byte")), [Row("Who?", "The fox")]
+    begin = tokenizer.token_id("<|begin|>")
+    for bos, times in (("{{ bos_token }}", 1), ("", 0)):
+        path = tmp_path / "own.jinja"
+        path.write_text(bos + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+        template = make_template(str(path), tokenizer)
+        (example,), (prompt,) = tokenise(row, template, tokenizer), prompt_tokens(row, template, tokenizer)
+        assert example.tokens.tolist().count(begin) == prompt.count(begin) == times
+    (example,) = tokenise(row, make_template("plain", tokenizer), tokenizer)
+    assert example.tokens.tolist().count(begin) == 1 and example.tokens[0] == begin
+
+
 def test_written_special_tokens_are_noticed(tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "byte"))
     rows = [Row("a", "b"), Row("a", "b <|end|> c"), Row("a", "b", turns=(("<|pad|>", "c"),))]
@@ -126,6 +140,10 @@ def test_nothing_is_lost_but_what_the_report_says(made, length, several):
         assert not packed.loss_mask[row, padding].any() and not packed.positions[row, padding].any()
     expected = [(e.tokens[:length].tolist(), e.loss_mask[:length].tolist(), e.source) for e in kept]
     assert sorted(found) == sorted(expected)
+    # Rows, and the examples within each, come in the order in which the examples came.
+    order = iter([expected.index(example) for example in found])
+    rows = [[next(order) for _ in range(segments.max())] for segments in packed.segments]
+    assert rows == sorted(map(sorted, rows))
     if several:  # no two rows would fit into one
         filled = (packed.segments > 0).sum(1)
         assert all(a + b > length for a, b in itertools.combinations(filled, 2))
@@ -171,8 +189,8 @@ def test_packing_fills_the_rows():
 @pytest.mark.parametrize("window", [None, 4])
 def test_packed_examples_cannot_see_each_other(characters, window):
     """The decoder's loss of every token is the same packed as alone in a row."""
-    config = ModelConfig("llama", characters.vocab_size, 16, 2, 4, 2, 4, 24, 1e-5, Rope(), 64, (window, None))
-    weights = random_weights(config)
+    config = dataclasses.replace(worlds.CONFIG, windows=(window, None))
+    weights = worlds.weights(config)
     letters = np.random.default_rng(1)
     rows = ["".join(letters.choice(list("abcdefgh"), size)) for size in (3, 9, 5, 12, 4, 7)]
     made = list(tokenise([Row(f"{row}?", row[::-1]) for row in rows], make_template("plain", characters), characters))
@@ -190,19 +208,6 @@ def test_packed_examples_cannot_see_each_other(characters, window):
     # The test would notice: without segments the losses are others.
     mixed = token_losses(config, weights, dataclasses.replace(packed, segments=np.minimum(packed.segments, 1)))
     assert np.abs(mixed - loss)[packed.loss_mask].max() > 1e-2
-
-
-def random_weights(config):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)  # noqa: E731
-    D, L, H, K, F = config.width, config.layers, config.heads, config.kv_heads, config.mlp_width
-    sizes = {"q_proj": (D, H * config.head_dim), "o_proj": (H * config.head_dim, D), "down_proj": (F, D)}
-    sizes |= dict.fromkeys(("k_proj", "v_proj"), (D, K * config.head_dim))
-    sizes |= dict.fromkeys(("gate_proj", "up_proj"), (D, F))
-    layers = {name: {"kernel": 2 * normal(L, *size)} for name, size in sizes.items()}
-    norms = {"input_norm": jnp.ones((L, D)), "post_norm": jnp.ones((L, D))}
-    return {"embed": 4 * normal(config.vocab_size, D), "norm": jnp.ones(D), "layers": layers | norms,
-            "lm_head": {"kernel": 2 * normal(D, config.vocab_size)}}  # fmt: skip
 
 
 def token_losses(config, weights, packed):

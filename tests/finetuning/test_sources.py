@@ -81,8 +81,11 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path):
         assert [(row.instruction, row.response) for row in rows] == [tuple(r.values()) for r in records], path
         assert {row.source for row in rows} == {"same"}
     assert rows[1400].where == f"{paths[-1]}: row 1401"
+    written(paths[-1], b"PAR1 not at all")
+    with pytest.raises(BadInput, match=r"table.parquet: cannot be read as Parquet: "):
+        list(read_rows(paths[-1]))
     *_, row = read_rows(tmp_path / "pretty.json")
-    assert row.where == f"{tmp_path / 'pretty.json'}: line {2 + 4 * 1499}"
+    assert row.where == f"{tmp_path / 'pretty.json'}: row 1500, line {2 + 4 * 1499}"
 
 
 def test_a_directory_is_its_files_in_order(tmp_path):
@@ -129,19 +132,22 @@ MISTAKES = [
     ("a.jsonl", lines([PAIR]) + b"\n{'x': 1}\n", None, ": line 2: is not JSON: Expecting property name"),
     ("a.jsonl", lines([PAIR]) + b'\n{"instruction": "x", "resp', None, ": line 2: is not JSON: Unterminated string"),
     ("a.jsonl", lines([PAIR]) + b'\n{"instruction": "\xff"}', None, ": line 2: is not UTF-8 (byte 0xff)"),
+    ("a.jsonl", b"[" * 10**6, None, ": cannot be read: its JSON is nested too deeply"),
     ("a.jsonl", b"", None, ": has no rows"),
     ("a.jsonl", b"\n\n", None, ": has no rows"),
     ("a.json", b"[]", None, ": has no rows"),
-    ("a.json", b"[\n" + lines([PAIR]) + b",\n{1}]", None, ": line 3: is not JSON: Expecting property name"),
-    ("a.json", b"[" + lines([PAIR]), None, ": line 1: is not JSON: Expecting ',' or ']'"),
-    ("a.json", b"[" + lines([PAIR]) + b",]", None, ": line 1: is not JSON: Expecting value"),
+    ("a.json", b"[\n" + lines([PAIR]) + b",\n{1}]", None, ": row 2, line 3: is not JSON: Expecting property name"),
+    ("a.json", b"[" + lines([PAIR]), None, ": row 1, line 1: is not JSON: Expecting ',' or ']'"),
+    ("a.json", b"[" + lines([PAIR]) + b",]", None, ": row 2, line 1: is not JSON: Expecting value, at "),
     ("a.json", b"[" + lines([PAIR]) + b"] more", None, ": is not JSON: something follows the last ']'"),
     ("a.json", b"[\n\n\xe9]", None, ": line 3: is not UTF-8 (byte 0xe9)"),
     ("a.json", b'{"0": ' + lines([PAIR]) + b',\n "1" ' + lines([PAIR]) + b"}", None,
-     ": line 2: is not JSON: Expecting ':' delimiter"),
+     ": row 2, line 2: is not JSON: Expecting ':' delimiter"),
+    ("a.json", b'{\n "version": 1,\n "rows": []\n}', None,
+     ": is no list of records, no object of them, and no JSON lines"),
+    ("a.json", b'{"version": 1, "rows": []}', None, ": line 1: has the fields version, rows; known schemas are "),
     ("a.jsonl.gz", b"plain", None, ": cannot be read: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(lines([PAIR] * 99))[:-9], None, ": cannot be read: "),
-    ("a.parquet", b"PAR1 not at all", None, ": cannot be read as Parquet: "),
     ("a.csv", b"x,y", None, ": is of no known kind; data files end in .jsonl, "),
     ("a.jsonl", lines([{"text": "x", "n": 1}]), None,
      ": line 1: has the fields text, n; known schemas are oss_instruct"),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from instrdiv.finetuning.sources import Row
-from instrdiv.finetuning.templates import NAMED, make_template
+from instrdiv.finetuning.templates import NAMED, end_ids, make_template
 from instrdiv.finetuning.tokenizer import Tokenizer
 from instrdiv.settings import BadInput
 from tests.finetuning.tiny import byte_level, sentencepiece_like
@@ -135,6 +135,17 @@ def test_the_marks_of_the_template_itself_are_where_the_loss_is(tokenizer):
     row = Row("Add.", "5", input="2 and 3", turns=(("Why?", "So."),))
     pieces = make_template(str(path), tokenizer).pieces(row)
     assert [piece.text for piece in pieces if piece.loss] == [text[start:end] for start, end in spans]
+
+
+def test_the_tokens_that_end_an_answer(tokenizer):
+    end, turn = tokenizer.token_id("<|end|>"), tokenizer.token_id("<|im_end|>")
+    assert {name: end_ids(make_template(name, tokenizer), tokenizer) for name in NAMED} == {
+        **dict.fromkeys(NAMED, (end,)),
+        "chatml": (end, turn),
+    }
+    path = tokenizer.path / "qwen.jinja"
+    path.write_text(CHATS["qwen"])
+    assert end_ids(make_template(str(path), tokenizer), tokenizer) == (end, turn)
 
 
 def mistake(which, tokenizer, row=PLAIN):

@@ -119,6 +119,18 @@ def test_the_map_of_special_tokens_is_read_where_the_configuration_is_older(tmp_
     )
 
 
+def test_a_named_token_of_the_vocabulary_is_one_token_in_a_text(tmp_path):
+    """Also where tokenizer.json does not list it among the special ones; Transformers adds it there."""
+    transformers = pytest.importorskip("transformers")
+    path = sentencepiece_like(tmp_path / "piece")
+    said = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(said | {"added_tokens": []}))
+    ours, theirs = Tokenizer.load(path), transformers.AutoTokenizer.from_pretrained(path)
+    assert ours.encode("the answer</s>") == theirs("the answer</s>").input_ids
+    assert ours.encode("the answer</s>")[-1] == ours.end_ids[0] == 2
+    assert ours.special_pattern.findall("the answer</s>") == ["</s>"]
+
+
 def test_a_tokenizer_of_characters(tmp_path):
     made = character_tokenizer("abc#\n", ("<pad>", "</s>"))
     write_tokenizer(tmp_path, made, eos_token="</s>", pad_token="<pad>")
@@ -149,6 +161,8 @@ def test_mistakes(tmp_path):
     assert said().startswith(f"{tmp_path / 'tokenizer.json'}: cannot be read as a tokenizer: ")
     write_tokenizer(tmp_path, character_tokenizer("ab", ("</s>",)), eos_token="<|end|>")
     assert said() == f"{tmp_path / 'tokenizer_config.json'}: its eos_token '<|end|>' is not in tokenizer.json"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": {"x": 1}}')
+    assert said() == f"{tmp_path / 'tokenizer_config.json'}: its chat_template must be a string"
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     assert said() == f"{tmp_path / 'tokenizer_config.json'}: must be a JSON object"
     (tmp_path / "tokenizer_config.json").write_text("{")

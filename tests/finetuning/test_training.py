@@ -1,5 +1,6 @@
 """Training adapters: PyTorch with PEFT is the oracle; a population is its members, however it is laid out."""
 
+import copy
 import dataclasses
 import re
 
@@ -15,7 +16,7 @@ from instrdiv.finetuning import lora, training
 from instrdiv.finetuning.llama import BLOCK_LINEAR
 from instrdiv.finetuning.lora import Lora
 from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Batch, Recipe, make_mesh
-from instrdiv.finetuning.weights import partition_specs, quantise
+from instrdiv.finetuning.weights import leaves, partition_specs, quantise
 from instrdiv.settings import BadInput
 from tests.finetuning import worlds
 
@@ -235,8 +236,8 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
         new = trainer(mesh=mesh, weights=weights)
         text = new.program.lower(*new.chunk_arguments()).compile().as_text()
         gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
-        stacked = {",".join(map(str, shape)) for shape in lora.linear_shapes(CONFIG).values()}
-        assert "16,24" in gathered and stacked.isdisjoint(gathered)
+        stacked = {",".join(map(str, one.weights["layers"][name]["kernel"].shape)) for name in BLOCK_LINEAR}
+        assert "16,24" in gathered and "2,16,24" in stacked and not stacked & set(gathered)
 
 
 def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
@@ -258,7 +259,7 @@ def test_training_is_what_pytorch_and_peft_do(tmp_path):
     weights = worlds.weights_of(model)
     member = AdapterMember(Lora(3, 5.0, "all-linear"), 2e-2, seed=4)
     recipe = dataclasses.replace(RECIPE, steps=5, reports=5, schedule="constant", warmup_steps=0, clip=0.5)
-    data = worlds.packed(8, source_names=("all",))
+    data = dataclasses.replace(copy.deepcopy(DATA[1]), source_names=("all",))
     # One example a row: packing is not what is compared.
     data.tokens[:] = worlds.tokens(*data.tokens.shape, seed=9)
     data.segments[:], data.positions[:] = 1, np.arange(data.tokens.shape[1])
@@ -339,3 +340,39 @@ def test_layouts_that_do_not_come_out_even():
         trainer(mesh=make_mesh(8, 8))
     with pytest.raises(BadInput, match="two members are the same"):
         trainer(members=[MEMBERS[0]] * 3)
+
+
+def test_the_step_compiles_at_the_shape_of_llama_2_7b():
+    """With shapes alone, as P1 trains it (rank 512, 8-bit base): the base is there once, each member adds its own."""
+    sizes = {"vocab_size": 32_000, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128}
+    config = dataclasses.replace(CONFIG, **sizes, mlp_width=11_008, windows=(None,) * 32)
+    weights: dict = {}
+    for leaf in leaves(config):
+        shape = leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
+        value = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        if leaf.is_kernel and leaf.layers:
+            value = jax.eval_shape(quantise, value)
+        *parents, last = leaf.path
+        node = weights
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    members = [Lora(512, 1024.0, ("q_proj", "v_proj"))] * 3
+    recipe = Recipe(batch_size=64, microbatch_size=8, remat=True, precision="bfloat16")
+    state = jax.eval_shape(
+        lambda seeds: training.init_state(config, recipe, members, seeds), jax.ShapeDtypeStruct((3,), jnp.uint32)
+    )
+    rows = {f.name: jax.ShapeDtypeStruct((recipe.parts, 3 * 8, 96), jnp.int32) for f in dataclasses.fields(Batch)}
+    numbers = training.MemberData(*[jax.ShapeDtypeStruct((3,), jnp.float32)] * 2)
+
+    def step(weights, data, state, number, batch):
+        batch = batch.replace(loss_mask=batch.loss_mask > 0)
+        return training.train_step(config, recipe, 1, 16, weights, data, state, number, batch)
+
+    program = jax.jit(step, donate_argnums=2).lower(
+        weights, numbers, state, jax.ShapeDtypeStruct((), jnp.int32), Batch(**rows)
+    )
+    memory = program.compile().memory_analysis()
+    adapter = 512 * 2 * 32 * (4096 + 4096)
+    expected = 6.48e9 + 4 * 32_000 * 4096 + 3 * 12 * adapter  # kernels a byte each; embedding and head two; 12 a number
+    assert memory.argument_size_in_bytes == pytest.approx(expected, rel=0.01)
