@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from instrdiv.settings import DEFAULT_ROW, SETTING_COLUMNS, BadInput
 
@@ -67,9 +67,19 @@ def shortest(value: Any) -> float:
 def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     """Writes a CSV whole or not at all (a temporary file, then a rename)."""
     with replacing(path) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        # Cells with characters of the line's end are quoted, and a model may answer with a lone "\r": it has to be one.
+        writer = csv.DictWriter(_Lines(file), columns, lineterminator="\r\n")
         writer.writeheader()
         writer.writerows({name: _cell(row[name]) for name in columns} for row in rows)
+
+
+class _Lines(NamedTuple):
+    """A file for csv's lines, which then end with a line feed alone."""
+
+    file: IO[str]
+
+    def write(self, line: str) -> None:
+        self.file.write(line.removesuffix("\r\n") + "\n")
 
 
 def read_table(path: Path, columns: Sequence[str] = (), text: Sequence[str] = ()) -> list[Row]:

@@ -20,6 +20,13 @@ def test_a_table_is_read_back_as_written(tmp_path):
     assert back[0] == rows[0] and math.isnan(back[1]["share"]) and back[1]["count"] == 0
 
 
+def test_cells_may_hold_ends_of_lines(tmp_path):
+    """A model may answer anything."""
+    rows = [{"a": "x\ry", "b": "\r\n"}, {"a": "\n", "b": ' "\x00\x0b\x85'}, {"a": "\r", "b": ""}]
+    write_table(tmp_path / "t.csv", rows, ("a", "b"))
+    assert read_table(tmp_path / "t.csv", text=("a", "b")) == rows
+
+
 def test_columns_keep_their_order_and_lines_end_alike_everywhere(tmp_path):
     write_table(tmp_path / "t.csv", [{"b": 1, "a": 2.5}], ("a", "b"))
     assert (tmp_path / "t.csv").read_bytes() == b"a,b\n2.5,1\n"

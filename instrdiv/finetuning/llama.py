@@ -188,7 +188,11 @@ class _Linear:
 
 def product(x: jax.Array, kernel: jax.Array | Quantised, result: Any = None) -> jax.Array:
     """x [..., in] times a kernel [in, out] as it is stored; the sum has the dtype ``result``, by default that of x."""
-    result = result or x.dtype
+    # The cast kernel is made anew for the backward pass: kept, those of all layers would be a second, larger base.
+    return jax.checkpoint(_product, static_argnums=2, prevent_cse=False)(x, kernel, result or x.dtype)
+
+
+def _product(x: jax.Array, kernel: jax.Array | Quantised, result: Any) -> jax.Array:
     if isinstance(kernel, Quantised):
         y = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * kernel.scale).astype(result)

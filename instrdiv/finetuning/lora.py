@@ -302,8 +302,14 @@ def _read_config(file: Path) -> dict[str, Any]:
         if name not in _IDLE and value and value not in _ALLOWED.get(name, ()):
             raise BadInput(f"{file}: {name}={json.dumps(value)} is not supported; train the adapter without it")
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(said.get(name), kinds) or said[name] <= 0:
-            raise BadInput(f"{file}: {name} is {json.dumps(said.get(name))}; it must be a positive number")
+        value = said.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            raise BadInput(f"{file}: {name} is {json.dumps(value)}; it must be a positive number")
+    base, named = said.get("base_model_name_or_path"), said.get("target_modules")
+    if not isinstance(base, str | None):
+        raise BadInput(f"{file}: base_model_name_or_path is {json.dumps(base)}; it must be a name")
+    if not all(isinstance(name, str) for name in (named if isinstance(named, list) else [named or ""])):
+        raise BadInput(f"{file}: target_modules is {json.dumps(named)}; it must be names of layers")
     return said
 
 

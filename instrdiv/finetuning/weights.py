@@ -317,6 +317,8 @@ def tensors_in(path: Path) -> Iterator[Stored]:
         ]
         if not all(isinstance(n, int) and n >= 0 for *ends, _, _, shape in entries for n in (*ends, *shape)):
             raise ValueError("its header has places that are no numbers")
+        if not all(isinstance(dtype, str) for *_, dtype, _ in entries):
+            raise ValueError("its header has dtypes that are no names")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,11 @@ def written(tmp_path):
         ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow=1 is not supported"),
         ({"peft_type": "IA3"}, "peft_type is IA3"),
         ({"r": None}, "r is null; it must be"),
+        ({"r": True}, "r is true; it must be"),
+        ({"lora_alpha": math.inf}, "lora_alpha is Infinity; it must be"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5; it must be"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules is .*; it must be names"),
+        ({"target_modules": 3}, "target_modules is 3; it must be names"),
         ({"r": 3}, "adapter_model.safetensors: .*q_proj.lora_A.weight is .2, 16., not .3, 16. as rank 3"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules names embed_tokens"),
         ({"target_modules": ["q_proj", "v_proj"]}, "has no tensor of v_proj"),

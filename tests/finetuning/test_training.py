@@ -111,6 +111,24 @@ def test_logits_of_the_whole_batch_are_never_held():
     assert temporary_bytes(4) < 0.6 * whole
 
 
+def test_the_base_is_not_kept_once_more_for_the_backward_pass():
+    """Dequantised kernels are made anew: those of all layers together would be several times the base."""
+    config = dataclasses.replace(CONFIG, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=256)
+    weights = worlds.weights(config)
+    kernels = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    batch = Batch(**{f.name: getattr(worlds.packed(2), f.name) for f in dataclasses.fields(Batch)})
+    adapters = lora.init_adapters(config, [Lora(1, targets=("q_proj",))], np.zeros(1, np.uint32))
+
+    def temporary_bytes(weights):
+        def loss(adapters, weights):
+            return training.response_losses(config, RECIPE, weights, adapters, jnp.ones(1), batch, 2)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(adapters, weights).compile().memory_analysis().temp_size_in_bytes
+
+    base = sum(p["kernel"].nbytes for n, p in weights["layers"].items() if n in BLOCK_LINEAR)
+    assert temporary_bytes(weights | {"layers": kernels}) < temporary_bytes(weights) + base / 2
+
+
 def test_losses_are_means_over_response_tokens_of_a_source():
     """Against a plain reading of the definition: token by token, from the logits of each example by itself."""
     data, weights = DATA[1], worlds.weights()

@@ -322,7 +322,8 @@ class TestWhatIsWrong:
         "header",
         [b"no json", b"[1]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [1]}}',
          b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
-         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}'],
+         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}',
+         b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}'],
     )  # fmt: skip
     def test_a_header_that_is_none(self, tmp_path, header):
         path = tmp_path / "model.safetensors"
