@@ -5,15 +5,16 @@
 
 Each adapter (LoRA) is trained on I rules that are given through a cipher whose key is in the prompt; then it is asked
 to follow rules it never saw. A training set is left whole, or half of it is dropped: half of every rule's examples, or
-most examples of most rules.
+all examples of some rules and few of others.
 
 preset   base                                                hardware        time
 smoke    a decoder that learned nothing                      two CPU cores   half a minute
 laptop   a small Llama, pretrained here on plain rewriting   two CPU cores   17 minutes (measured)
 paper    Llama-2-7B: its checkpoint, which ``--base`` names  one H200        not run
 
-``--base`` takes any checkpoint that docs/finetuning.md lists. At rank 512 an adapter and its optimiser take 3.2 GB (on
-q_proj and v_proj): name some of the settings (``--config.instructions``, ``--config.kept``, ``--seeds``) at a time.
+``--base`` takes any checkpoint that docs/finetuning.md lists. At rank 512 an adapter takes 4.3 GB while it is
+trained (on q_proj and v_proj): name some of the settings (``--config.instructions``, ``--config.kept``, ``--seeds``) at
+a time.
 
 Expected (the paper, figure 5): more rules generalise better; to drop half of the data evenly costs nothing, to drop it
 unevenly does.
@@ -377,26 +378,31 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[thresholds.Claim]:
         return [row for row in unseen if (row["kept"], row["instructions"]) == (kept, count)]
 
     means = {count: thresholds.mean_of(rows("all", count)) for count in counts}
+    match = {(row["kept"], row["instructions"], row["seed"]): row["exact_match"] for row in unseen}
+    seeds = sorted({row["seed"] for row in unseen})
+    gain = thresholds.mean_interval([match["all", counts[-1], s] - match["all", counts[0], s] for s in seeds])
     evidence = ", ".join(f"I = {count:,}: {mean:.3f}" for count, mean in means.items())
     found = [
         thresholds.Claim(f"few rules do not generalise (below {low})", means[counts[0]] < low, evidence),
-        thresholds.Claim("more rules generalise better", sorted(means.values()) == list(means.values()), evidence),
+        thresholds.Claim(
+            "more rules generalise better (the most against the fewest; interval clear of 0)",
+            gain.low > 0,
+            f"{gain.text('+.3f')}; {evidence}",
+        ),
     ]
     able = [count for count in counts if max(thresholds.mean_of(rows(kept, count)) for kept in KEPT) > low]
 
     def differences(kept: str, other: str) -> thresholds.Interval:
-        match = {(row["kept"], row["instructions"], row["seed"]): row["exact_match"] for row in unseen}
-        seeds = sorted({row["seed"] for row in unseen})
         return thresholds.mean_interval(
             [float(np.mean([match[kept, count, seed] - match[other, count, seed] for count in able])) for seed in seeds]
         )
 
-    where = f"over I = {', '.join(f'{count:,}' for count in able)}, {len({row['seed'] for row in unseen})} seeds"
+    where = f"over I = {', '.join(f'{count:,}' for count in able)}, {len(seeds)} seeds"
     even, uneven = differences("half_even", "all"), differences("half_uneven", "half_even")
-    found.append(thresholds.Claim("dropping half of the data evenly costs nothing (less than 0.05)", even.mean > -0.05,
-                                  f"{even.text('+.3f')} {where}"))  # fmt: skip
-    found.append(thresholds.Claim("dropping it unevenly costs more than dropping it evenly (interval clear of 0)",
-                                  uneven.high < 0, f"{uneven.text('+.3f')} {where}"))  # fmt: skip
+    text = "dropping half of the data evenly costs nothing (on the mean, less than 0.05)"
+    found.append(thresholds.Claim(text, even.mean > -0.05, f"{even.text('+.3f')} {where}"))
+    text = "dropping it unevenly costs more than dropping it evenly (interval clear of 0)"
+    found.append(thresholds.Claim(text, uneven.high < 0, f"{uneven.text('+.3f')} {where}"))
     return found
 
 

@@ -32,6 +32,8 @@ _FAMILIES = {
 _WINDOW = 4096  # of Mistral and Qwen2, where there is one and nothing is said of its length
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _SILU = ("silu", "swish")
+#: More than any model has; a mistaken number would fill the memory before any file is looked at.
+_MOST_LAYERS = 10_000
 
 #: How positions may be scaled.
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -240,6 +242,8 @@ def _read(config: _Fields) -> ModelConfig:
     if head_dim % 2:
         raise BadInput(f"{config.where}: head_dim={head_dim}: must be even, channels are rotated in pairs")
     layers, max_positions = config.whole("num_hidden_layers"), config.whole("max_position_embeddings")
+    if layers > _MOST_LAYERS:
+        raise config.refuse("num_hidden_layers", f"must be at most {_MOST_LAYERS}")
     attention_bias = model_type == "llama" and config.flag("attention_bias")
     return ModelConfig(
         architecture=family.architecture,
@@ -319,4 +323,6 @@ def _token_ids(config: _Fields, name: str, default: int | None) -> list[int | No
     ids = given if isinstance(given, list) else [given]
     if not ids or not all(i is None or (isinstance(i, int) and not isinstance(i, bool) and i >= 0) for i in ids):
         raise config.refuse(name, "must be a token's number, or a list of them")
+    if any(i is not None and i >= config.whole("vocab_size") for i in ids):
+        raise config.refuse(name, f"must be below vocab_size={config.whole('vocab_size')}")
     return ids

@@ -35,8 +35,8 @@ from instrdiv.settings import BadInput, Setting, field
 
 #: ``shift``: every letter moves on by as many places as the key says (Caesar); ``substitution``: all are shuffled.
 CIPHERS = ("shift", "substitution")
-#: What is left of the training set: all of it; half of every rule's examples; half of all examples, most of the rules
-#: losing nearly all of theirs.
+#: What is left of the training set: all of it; half of every rule's examples; half of all examples, some rules keeping
+#: all of theirs, others losing nearly all, or all.
 KEPT = ("all", "half_even", "half_uneven")
 #: Splits: trained rules, held-out rules for tuning, held-out rules for the end. Inputs and keys are fresh in all.
 SPLITS = ("seen", "unseen_dev", "unseen")

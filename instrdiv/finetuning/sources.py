@@ -162,13 +162,23 @@ def read_rows(
     for where, record in _records(location):
         chosen = chosen or _detect(record, where)
         try:
-            yield chosen.row(record, name, where)
+            row = chosen.row(record, name, where)
         except Empty as error:
             if dropped is None:
                 raise BadInput(f"{error}; give it a text, or leave such rows out (--drop_empty)") from None
             dropped.append(where)
+            continue
+        if any("\ud800" <= character <= "\udfff" for text in _texts(row) for character in text):
+            raise BadInput(f"{where}: half of a character (a lone surrogate, such as \\ud800) is in it; mend the text")
+        yield row
     if not where:
         raise BadInput(f"{location}: has no rows")
+
+
+def _texts(row: Row) -> Iterator[str]:
+    yield from (row.instruction, row.response, row.input, row.system)
+    for turn in row.turns:
+        yield from turn
 
 
 def _detect(record: Any, where: str) -> Schema:

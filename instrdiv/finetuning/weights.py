@@ -339,7 +339,7 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
     for name, leaf in needed.items():
         if name not in stored:
             raise BadInput(f"{directory}: has no tensor {name} {list(leaf.stored_shape)}, which by its config.json it "
-                           "must have; fetch it again")  # fmt: skip
+                           "must have; fetch both again")  # fmt: skip
         tensor = stored[name]
         if tensor.dtype not in DTYPES:
             raise BadInput(f"{tensor.file}: tensor {name} is {tensor.dtype}; supported are {', '.join(DTYPES)}")

@@ -153,6 +153,8 @@ def test_a_config_is_hashable_and_equal_by_value():
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05: must be a positive number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes: must be true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id=</s>: must be a token's number"),
+        ({"eos_token_id": 10**6}, "eos_token_id=1000000: must be below vocab_size="),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 10000"),
         ({"layer_types": ["sliding_attention"] * 3}, "layers that differ are not supported in a llama"),
     ],
 )

@@ -211,3 +211,10 @@ def test_the_hub(monkeypatch):
     with pytest.raises(BadInput) as mistake:
         list(read_rows("hub:owner/name"))
     assert str(mistake.value).startswith("hub:owner/name: cannot be loaded: Couldn't reach the Hub; download its files")
+
+
+def test_half_a_character_is_refused_where_it_is_read(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a", "response": "\\ud800"}\n')
+    with pytest.raises(BadInput, match=r"mine\.jsonl: line 2: half of a character"):
+        list(read_rows(path))
