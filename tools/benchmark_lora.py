@@ -15,7 +15,7 @@ What is found goes to ``results/finetuning/benchmark-<device>/``: ``benchmark.js
 
 preset   hardware          time                     what it measures
 smoke    two CPU cores     half a minute            nothing: it only has to run
-laptop   two CPU cores     5 minutes (estimated)    a decoder of 3 M parameters
+laptop   two CPU cores     3 minutes (measured)     a decoder of 3 M parameters
 gpu      one H200          9 minutes (--minutes)    the shape of Llama-2-7B, not run
 """
 
