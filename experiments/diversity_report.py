@@ -14,7 +14,6 @@ docs/diversity.md.
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from instrdiv.finetuning.diversity_report import (
 )
 from instrdiv.finetuning.embedding import Embedder
 from instrdiv.finetuning.mixtures import Mixture
-from instrdiv.finetuning.sources import SCHEMAS, Row, read_rows
+from instrdiv.finetuning.sources import SCHEMAS, Row, read_rows, read_sources
 from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, define_switch, start
 from instrdiv.presets import LAPTOP
 from instrdiv.progress import telling
@@ -51,26 +50,6 @@ TEXTS = {
 }
 #: Different rules of the example.
 EXAMPLE = (4, 64, 4096)
-
-
-def read_sources(data: tuple[str, ...], schema: str | None, empty: list[str] | None) -> dict[str, list[Row]]:
-    """Source -> rows; ``data`` are locations, or NAME=LOCATION. Places of empty rows are added to ``empty``."""
-    sources: dict[str, list[Row]] = {}
-    unnamed: Counter[str] = Counter()
-    for part in data:
-        name, named, location = part.partition("=")
-        if not (name and (location or not named)):
-            raise BadInput(f"--data={part}: must be FILE or NAME=FILE")
-        rows = list(read_rows(location if named else part, schema, name if named else None, empty))
-        if not rows:
-            raise BadInput(f"--data={part}: has nothing but rows that ask or answer nothing")
-        source = rows[0].source
-        unnamed[source] += not named
-        if source == diversity.ALL or (unnamed[source] and source in sources):
-            why = "stands for all sources" if source == diversity.ALL else "is the name of two files"
-            raise BadInput(f"--data={part}: {source} {why}; name it otherwise, NAME={location if named else part}")
-        sources.setdefault(source, []).extend(rows)
-    return sources
 
 
 def summary(scores: Sequence[TableRow]) -> str:

@@ -203,7 +203,7 @@ def main() -> None:
     draw(results, of_base, run_dir / "figure")
     found = judge(results, preset)
     thresholds.write_claims(run_dir / "claims.csv", found)
-    report = write_report(run_dir, found, f"experiments.{NAME}")
+    report = write_report(run_dir, found)
     print(f"report: {report}   picture: {run_dir / 'figure.png'}   table: {run_dir / 'results.csv'}")
 
 
@@ -262,6 +262,7 @@ def test(
     tables = Tables([], [], [])
     template = make_template("plain", tokenizer)
     status = {row["member"]: row["status"] for row in tuned.metrics}
+    adapters, scale = tuned.population(config)
 
     def ask(texts: Sequence[Sequence[Text]], adapters: Any = None, scale: Any = None) -> list[list[str]]:
         longest = max(len(tokenizer.encode(text.response)) for text in texts[0]) + 1  # and the end
@@ -270,13 +271,12 @@ def test(
     for split in SPLITS:
         say(f"testing {split}")
         count = dev_tests if split == "unseen_dev" else tests
-        made: dict[tuple, list[Text]] = {}
+        made: dict[tuple, list[Text]] = {}  # all members share the unseen rules
         for member in tuned.members:
-            made.setdefault(
-                _tests_of(member, split), rows_of_split(encrypted(member), split, count, dev_tests, member.seed)
-            )
+            if (key := _tests_of(member, split)) not in made:
+                made[key] = rows_of_split(encrypted(member), split, count, dev_tests, member.seed)
         texts = [made[_tests_of(member, split)] for member in tuned.members]
-        for member, asked, given in zip(tuned.members, texts, ask(texts, *tuned.population(config)), strict=True):
+        for member, asked, given in zip(tuned.members, texts, ask(texts, adapters, scale), strict=True):
             for slice, (right, total) in score(asked, given).items():
                 row = result_row(
                     NAME, member, recipe.steps, recipe.batch_size, split, slice, right, total, status[member.id]

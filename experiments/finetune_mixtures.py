@@ -32,7 +32,6 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.diversity_report import read_sources
 from instrdiv.checkpoints import Schedule
 from instrdiv.directories import check_usable, locked
 from instrdiv.finetuning.cleaning import DUPLICATES, Dropped, clean, whole
@@ -63,7 +62,7 @@ from instrdiv.finetuning.mixtures import Mixture
 from instrdiv.finetuning.packing import Example, Packed, Report, pack, tokenise
 from instrdiv.finetuning.pretraining import SmallBase
 from instrdiv.finetuning.run import FineTuned, data_digest, finetune
-from instrdiv.finetuning.sources import SCHEMAS, read_rows
+from instrdiv.finetuning.sources import SCHEMAS, read_rows, read_sources
 from instrdiv.finetuning.sources import Row as Text
 from instrdiv.finetuning.templates import NAMED, make_template
 from instrdiv.finetuning.training import AdapterMember, Recipe, check

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ def clear_errors(path: Path) -> Iterator[None]:
             f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, and the same command, "
             "without --overwrite, goes on from the last checkpoint"
         ) from error
+
+
+def clear(path: Path, files: Sequence[str], folders: Sequence[str], whole: bool) -> None:
+    """Removes what a launch that was killed in mid-write has left of these files and of config.json; where ``whole``,
+    the files and folders themselves, for another run to begin. Raises OSError where that cannot be.
+
+    config.json stays, to be replaced last: without it, the directory would be nobody's.
+    """
+    for name in (*files, "config.json"):
+        for leftover in path.glob(f".{name}.*"):
+            leftover.unlink()
+    if whole:
+        for name in folders:
+            if (path / name).exists():
+                shutil.rmtree(path / name)
+        for name in files:
+            (path / name).unlink(missing_ok=True)
 
 
 class Provenance:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from instrdiv.checkpoints import Checkpoints, Damaged
-from instrdiv.directories import Provenance, check_usable, clear_errors, locked
+from instrdiv.directories import Provenance, check_usable, clear, clear_errors, locked
 from instrdiv.population import Group, make_groups
 from instrdiv.results import (
     ERROR_COLUMNS,
@@ -232,15 +231,7 @@ class RunDirectory(SavedRun):
             config = {"figure": sweep.figure, "dev_tests": sweep.dev_tests, "tests": sweep.tests}
             config["cohorts"] = [_write_cohort(cohort) for cohort in cohorts]
             with clear_errors(path):
-                for name in (*_FILES, "config.json"):  # what a launch that was killed in mid-write has left
-                    for leftover in path.glob(f".{name}.*"):
-                        leftover.unlink()
-                if overwrite:  # config.json last: without it, the directory would be nobody's
-                    for name in _FOLDERS:
-                        if (path / name).exists():
-                            shutil.rmtree(path / name)
-                    for name in _FILES:
-                        (path / name).unlink(missing_ok=True)
+                clear(path, _FILES, _FOLDERS, whole=overwrite)
                 if not _holds(path / "config.json", plain(config)):
                     write_json(path / "config.json", config)
             yield cls(path)

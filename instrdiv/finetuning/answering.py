@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.decoding import decode_greedily, left_padded
+from instrdiv.finetuning.lora import Adapter
 from instrdiv.finetuning.packing import prompt_tokens
 from instrdiv.finetuning.sources import Row
 from instrdiv.finetuning.templates import Template, end_ids
 from instrdiv.finetuning.tokenizer import Tokenizer
+from instrdiv.finetuning.training import place_population
 from instrdiv.population import padded_size
 
 
@@ -27,7 +29,7 @@ def answers(
     tests: Sequence[Sequence[Row]],
     new_tokens: int,
     mesh: Mesh,
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Adapter | None = None,
     scale: Any = None,
     precision: str = "float32",
     at_once: int = 128,
@@ -48,8 +50,7 @@ def answers(
       The text of every answer, without what ends it; None is never one.
     """
     members, count = len(tests), len(tests[0])
-    size = padded_size(members, mesh, 1)
-    idle = size - members
+    idle = padded_size(members, mesh, 1) - members
     ends = end_ids(template, tokenizer)
     rows_over_mesh = NamedSharding(mesh, P(("member", "data")))
     at_once = -(-min(at_once, count) // mesh.shape["data"]) * mesh.shape["data"]
@@ -60,12 +61,7 @@ def answers(
     prompts = [prompts_of[id(member_tests)] for member_tests in tests]
     places = max(len(prompt) for of_member in prompts_of.values() for prompt in of_member)
     if adapters is not None:
-        over_members = NamedSharding(mesh, P("member"))
-
-        def placed(leaf: Any) -> jax.Array:
-            return jax.device_put(np.concatenate([leaf, np.repeat(leaf[:1], idle, 0)]), over_members)
-
-        adapters, scale = jax.tree.map(placed, adapters), placed(scale)
+        adapters, scale = place_population(adapters, scale, mesh)
 
     found: list[list[str]] = [[] for _ in tests]
     for first in range(0, count, at_once):

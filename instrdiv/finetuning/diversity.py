@@ -26,6 +26,7 @@ from scipy.cluster import hierarchy
 from instrdiv.finetuning.cleaning import exact_duplicates, near_duplicates
 from instrdiv.finetuning.embedding import Embedder, Embeddings
 from instrdiv.finetuning.mixtures import shuffled
+from instrdiv.finetuning.sources import ALL
 from instrdiv.results import Row
 from instrdiv.rewriting.rules import effective_number
 from instrdiv.settings import BadInput
@@ -39,8 +40,6 @@ SCALES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 MAP_POINTS, MAP_DIRECTIONS = 2_400, 50
 #: How the map is made.
 MAPS = ("tsne", "pca")
-#: All sources together, in the tables.
-ALL = "all"
 
 #: Columns of diversity.csv: a row a source, and one for all. Of all its texts: how many, how many distinct ones, the
 #: effective number of these (exponential of the entropy of their shares), and the shares of exact and of near (exact

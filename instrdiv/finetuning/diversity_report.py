@@ -14,7 +14,8 @@ from pathlib import Path
 from instrdiv import plots
 from instrdiv.finetuning import diversity, sources
 from instrdiv.finetuning.cleaning import REASONS, Dropped
-from instrdiv.finetuning.diversity import ALL, DIVERSITY_COLUMNS, MAP_COLUMNS, OVERLAP_COLUMNS, SCALE_COLUMNS, Diversity
+from instrdiv.finetuning.diversity import DIVERSITY_COLUMNS, MAP_COLUMNS, OVERLAP_COLUMNS, SCALE_COLUMNS, Diversity
+from instrdiv.finetuning.sources import ALL
 from instrdiv.pages import data_uri, launched, read_provenance, write_page
 from instrdiv.results import Row, read_table, write_table
 

@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from instrdiv.finetuning.cleaning import whole
 from instrdiv.finetuning.config import ModelConfig
+from instrdiv.finetuning.lora import Adapter
 from instrdiv.finetuning.mixtures import shuffled
 from instrdiv.finetuning.packing import Packed
 from instrdiv.finetuning.sources import Row
-from instrdiv.finetuning.training import Batch, Recipe, head_piece, response_losses
-from instrdiv.population import padded_size
+from instrdiv.finetuning.training import Batch, Recipe, head_piece, place_population, response_losses
 from instrdiv.settings import BadInput
 
 #: Key of the order in which rows are held out; seeds of members are below 2^31.
@@ -51,7 +51,7 @@ def held_out_losses(
     data: Packed,
     recipe: Recipe,
     mesh: Mesh,
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Adapter | None = None,
     scale: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How well every member predicts the responses of held-out rows, token by token, each given all before it.
@@ -67,7 +67,7 @@ def held_out_losses(
       float64 [M, sources]: mean loss of a response token of each of ``data.source_names``, in nats.
       int64 [sources]: how many tokens these are; they are the same for all members.
     """
-    by_member, by_row = NamedSharding(mesh, P("member")), NamedSharding(mesh, P(("member", "data")))
+    by_row = NamedSharding(mesh, P(("member", "data")))
     members = size = 1
     at_once, several = recipe.batch_size // recipe.parts, mesh.shape["data"]
     if adapters is None:
@@ -75,12 +75,8 @@ def held_out_losses(
         several *= mesh.shape["member"]
     else:
         members = len(scale)
-        size = padded_size(members, mesh, 1)
-
-        def placed(leaf: Any) -> jax.Array:
-            return jax.device_put(np.concatenate([leaf, np.repeat(leaf[:1], size - members, 0)]), by_member)
-
-        adapters, scale = jax.tree.map(placed, adapters), placed(scale)
+        adapters, scale = place_population(adapters, scale, mesh)
+        size = len(scale)
     at_once = -(-at_once // several) * several
     count, places = data.tokens.shape
     piece = head_piece(config, size * at_once, places, mesh)

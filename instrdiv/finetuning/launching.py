@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -146,10 +147,7 @@ def base_bytes(config: ModelConfig, recipe: Recipe, int8: bool) -> int:
     wide = jnp.dtype(recipe.precision).itemsize
     total = 0
     for leaf in leaves(config):
-        numbers = leaf.layers or 1
-        for length in leaf.shape:
-            numbers *= length
-        total += numbers * (1 if int8 and leaf.is_kernel and leaf.layers else wide)
+        total += math.prod(leaf.whole_shape) * (1 if int8 and leaf.is_kernel and leaf.layers else wide)
     return total
 
 

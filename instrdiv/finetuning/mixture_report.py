@@ -15,6 +15,7 @@ from typing import Any
 from instrdiv import plots
 from instrdiv.finetuning.packing import REPORT_COLUMNS
 from instrdiv.finetuning.report import made
+from instrdiv.finetuning.sources import ALL
 from instrdiv.pages import data_uri, in_words, launched, read_provenance, write_page
 from instrdiv.results import Row, read_table, write_table
 from instrdiv.thresholds import Interval, mean_interval
@@ -133,7 +134,7 @@ def write_report(run_dir: Path, figure: str) -> Path:
         "base": {row["source"]: row for row in base},
         "found": found,
         "diverged": [f"{mixture}, seed {seed}: {what}" for (mixture, seed), what in status.items()],
-        "packing": [row for row in packing if row["source"] == "all"],
+        "packing": [row for row in packing if row["source"] == ALL],
         "cleaning": [row for row in read_table(run_dir / "cleaning.csv", text=_TEXT) if row["dropped"]],
         "same": [(name, in_words(results[0][name])) for name in same],
         "picture": data_uri(picture) if picture.exists() else None,

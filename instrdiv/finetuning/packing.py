@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from instrdiv.finetuning.sources import Row
+from instrdiv.finetuning.sources import ALL, Row
 from instrdiv.finetuning.templates import Template
 from instrdiv.finetuning.tokenizer import Tokenizer
 from instrdiv.settings import BadInput
@@ -200,7 +200,7 @@ def pack(examples: Iterable[Example], length: int, pad_id: int, several: bool = 
     everything: collections.Counter = sum(counts.values(), collections.Counter())
     everything["longest"] = max(count["longest"] for count in counts.values())
     table = [{"source": name, **{c: count[c] for c in REPORT_COLUMNS[1:]}}
-             for name, count in (*counts.items(), ("all", everything))]  # fmt: skip
+             for name, count in (*counts.items(), (ALL, everything))]  # fmt: skip
     return packed, Report(tuple(table), len(rows), length)
 
 

@@ -27,7 +27,7 @@ from instrdiv.finetuning.packing import Packed, pack, tokenise
 from instrdiv.finetuning.templates import make_template
 from instrdiv.finetuning.tokenizer import Tokenizer, character_tokenizer, write_tokenizer
 from instrdiv.finetuning.training import Batch, Recipe, response_losses
-from instrdiv.finetuning.weights import leaves, write_weights
+from instrdiv.finetuning.weights import as_tree, leaves, write_weights
 from instrdiv.optimizers import rate_at
 from instrdiv.population import ExampleOrder
 from instrdiv.results import plain, write_json
@@ -148,25 +148,21 @@ def make_tokenizer(directory: Path, setting: EncryptedSetting) -> Tokenizer:
 def random_weights(config: ModelConfig, seed: int) -> Weights:
     """Weights before training, float32: kernels N(0, 1 / fan in), those that write to the residual stream divided by
     sqrt(2 layers), embeddings N(0, 1/4), norms 1, biases 0."""
-    tree: Weights = {}
+    values = {}
     for number, leaf in enumerate(leaves(config)):
-        *parents, last = leaf.path
-        shape = leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
+        shape, last = leaf.whole_shape, leaf.path[-1]
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
         if leaf.is_kernel:
             scale = leaf.shape[0] ** -0.5
-            if parents[-1] in ("o_proj", "down_proj"):
+            if leaf.path[-2] in ("o_proj", "down_proj"):
                 scale /= math.sqrt(2 * config.layers)
             value = scale * jax.random.normal(key, shape)
         elif last == "embed":
             value = 0.5 * jax.random.normal(key, shape)
         else:
             value = jnp.zeros(shape) if last == "bias" else jnp.ones(shape)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+        values[leaf.path] = value
+    return as_tree(values)
 
 
 def pretrain(
@@ -231,8 +227,8 @@ def pretrain(
     for first in range(0, recipe.steps, recipe.chunk_steps):
         steps = min(recipe.chunk_steps, recipe.steps - first)
         chosen = order.batches(first, steps)
-        names = ("tokens", "positions", "segments", "loss_mask", "sources")
-        batches = Batch(**{name: jax.device_put(getattr(data, name)[chosen], spread) for name in names})
+        fields = {f.name: getattr(data, f.name)[chosen] for f in dataclasses.fields(Batch)}
+        batches = jax.device_put(Batch(**fields), spread)
         carry, losses = chunk(carry, batches)
         say(f"training the base: step {first + steps} of {recipe.steps}, loss {np.asarray(losses)[-10:].mean():.3f}")
     return jax.device_put(carry[0], jax.devices()[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from instrdiv import thresholds
 from instrdiv.finetuning.training import AdapterMember
-from instrdiv.pages import data_uri, duration, in_words, read_provenance, write_page
+from instrdiv.pages import data_uri, duration, in_words, launched, read_provenance, write_page
 from instrdiv.results import Row, read_table, write_table
 
 #: Columns of results.csv before and after those of the members' settings.
@@ -61,29 +60,28 @@ def settings_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, Any]]:
     return varying, {name: rows[0][name] for name in names if name not in varying}
 
 
-def write_report(run_dir: Path, claims: Sequence[thresholds.Claim] | None, module: str) -> Path:
+def write_report(run_dir: Path, claims: Sequence[thresholds.Claim] | None) -> Path:
     """Writes ``report.html`` of a finished run; returns its path.
 
     Args:
       run_dir: with results.csv, samples.csv, provenance.json and, perhaps, figure.png.
       claims: as checked; None where the run is not judged.
-      module: that runs it, ``experiments.<name>``.
 
     Raises BadInput where a file is missing or damaged.
     """
     results = read_table(run_dir / "results.csv", IDENTITY)
     samples = read_table(run_dir / "samples.csv", SAMPLE_COLUMNS, ("prompt", "right_answer", "answer"))
     said = read_provenance(run_dir / "provenance.json")
+    figure = results[0]["figure"]
     fields, same = settings_of(results)
     of_member = {row["member"]: tuple(in_words(row[name]) for name in fields) for row in results}
     by_setting: dict[tuple, list[Row]] = {}
     for row in sorted(results, key=lambda row: thresholds.ordering(tuple(row[name] for name in fields))):
         by_setting.setdefault(tuple(row[name] for name in fields), []).append(row)
     slices = [pair for pair in _SLICES if any((row["split"], row["slice"]) == pair for row in results)]
-    flags = [flag for flag in said["command"][1:] if flag.lstrip("-").partition("=")[0] != "overwrite"]
     picture = run_dir / "figure.png"
     page = {
-        "figure": results[0]["figure"],
+        "figure": figure,
         "members": len(of_member),
         "seeds": sorted({row["seed"] for row in results}),
         "picture": data_uri(picture) if picture.exists() else None,
@@ -95,7 +93,7 @@ def write_report(run_dir: Path, claims: Sequence[thresholds.Claim] | None, modul
         "same": [(name, in_words(value)) for name, value in same.items()],
         "samples": _some(samples, of_member),
         "made": made(said),
-        "command": shlex.join(["python", "-m", module, *flags]),
+        "command": launched(said, figure),
     }
     return write_page(run_dir / "report.html", "finetuning/report.html.jinja", page)
 

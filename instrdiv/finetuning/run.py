@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from jax.sharding import Mesh
 
 from instrdiv.checkpoints import Checkpoints, Schedule, named_leaves
 from instrdiv.chunks import ChunkLoop, Saving, Work
-from instrdiv.directories import Provenance, check_usable, clear_errors, locked
+from instrdiv.directories import Provenance, check_usable, clear, clear_errors, locked
 from instrdiv.finetuning import lora
 from instrdiv.finetuning.config import ModelConfig
 from instrdiv.finetuning.lora import Adapter
@@ -321,14 +320,8 @@ def _begun(path: Path, said: dict[str, Any], overwrite: bool) -> Iterator[None]:
     with locked(path):
         there = _check_same(path, said, overwrite)  # again: another launch may have come and gone
         with clear_errors(path):
-            for name in (*_FILES, "config.json"):  # what a launch that was killed in mid-write has left
-                for leftover in path.glob(f".{name}.*"):
-                    leftover.unlink()
-            if not there:  # config.json last: without it, the directory would be nobody's
-                for name in _FOLDERS:
-                    shutil.rmtree(path / name, ignore_errors=True)
-                for name in _FILES:
-                    (path / name).unlink(missing_ok=True)
+            clear(path, _FILES, _FOLDERS, whole=not there)
+            if not there:
                 write_json(path / "config.json", said)
         yield
 

@@ -15,7 +15,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ class Empty(BadInput):
     """A row asks or answers nothing."""
 
 
+#: What tables call all sources together.
+ALL = "all"
 #: Schemas by name, with the fields that their data sets' cards document.
 SCHEMAS = {
     "oss_instruct": Schema("problem", "solution"),  # ise-uiuc/Magicoder-OSS-Instruct-75K
@@ -179,6 +182,34 @@ def _texts(row: Row) -> Iterator[str]:
     yield from (row.instruction, row.response, row.input, row.system)
     for turn in row.turns:
         yield from turn
+
+
+def read_sources(data: Sequence[str], schema: str | None, empty: list[str] | None) -> dict[str, list[Row]]:
+    """The rows of several data sets, by source.
+
+    Args:
+      data: locations, or NAME=LOCATION.
+      schema: see ``read_rows``.
+      empty: its ``dropped``.
+
+    Raises BadInput as ``read_rows``, and for names that two sources have, or that mean all.
+    """
+    sources: dict[str, list[Row]] = {}
+    unnamed: Counter[str] = Counter()
+    for part in data:
+        name, named, location = part.partition("=")
+        if not (name and (location or not named)):
+            raise BadInput(f"--data={part}: must be FILE or NAME=FILE")
+        rows = list(read_rows(location if named else part, schema, name if named else None, empty))
+        if not rows:
+            raise BadInput(f"--data={part}: has nothing but rows that ask or answer nothing")
+        source = rows[0].source
+        unnamed[source] += not named
+        if source == ALL or (unnamed[source] and source in sources):
+            why = "stands for all sources" if source == ALL else "is the name of two files"
+            raise BadInput(f"--data={part}: {source} {why}; name it otherwise, NAME={location if named else part}")
+        sources.setdefault(source, []).extend(rows)
+    return sources
 
 
 def _detect(record: Any, where: str) -> Schema:

@@ -342,6 +342,16 @@ def train_step(
     return new_state, ChunkMetrics(losses, tokens, jnp.where(active, norm, jnp.nan))
 
 
+def place_population(adapters: Adapter, scale: np.ndarray, mesh: Mesh) -> tuple[Any, jax.Array]:
+    """Adapters and scales of M members (``FineTuned.population``) on the mesh, filled up with copies of the first."""
+    idle = padded_size(len(scale), mesh, 1) - len(scale)
+
+    def placed(leaf: Any) -> jax.Array:
+        return put(np.concatenate([leaf, np.repeat(leaf[:1], idle, 0)]), mesh, P("member"))
+
+    return jax.tree.map(placed, adapters), placed(scale)
+
+
 class AdapterTrainer:
     """The adapters of a population and their optimisers on a mesh, advanced chunk by chunk.
 

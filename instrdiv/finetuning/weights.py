@@ -81,6 +81,11 @@ class Leaf(NamedTuple):
         return self.path[-1] == "kernel"
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """With the axis of the layers."""
+        return self.shape if self.layers is None else (self.layers, *self.shape)
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.is_kernel else self.shape
 
@@ -106,6 +111,17 @@ def leaves(config: ModelConfig) -> list[Leaf]:
             layers = config.layers if path[0] == "layers" else None
             there.append(Leaf(path, name, axes, tuple(lengths[axis] for axis in axes), layers))
     return there
+
+
+def as_tree(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Nested dictionaries of values by their paths."""
+    tree: dict[str, Any] = {}
+    for (*parents, last), value in values.items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 def partition_specs(config: ModelConfig, mesh: Mesh, fsdp: bool = False) -> dict[tuple[str, ...], P]:
@@ -168,15 +184,11 @@ def read_weights(
     _check(directory, config, there, stored)
     mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
     specs = partition_specs(config, mesh, fsdp)
-    tree: dict[str, Any] = {}
+    arrays = {}
     for leaf in there:
         tensors = [stored[name] for name in leaf.names()]
-        *parents, last = leaf.path
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = _read_leaf(leaf, tensors, jnp.dtype(precision), mesh, specs[leaf.path], int8)
-    return tree
+        arrays[leaf.path] = _read_leaf(leaf, tensors, jnp.dtype(precision), mesh, specs[leaf.path], int8)
+    return as_tree(arrays)
 
 
 def quantise(kernel: jax.Array) -> Quantised:
@@ -361,7 +373,7 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
 def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
     """An array of the tree, or a quantised kernel: made empty, and filled layer by layer."""
     layers = () if leaf.layers is None else (leaf.layers,)
-    shape, sharding = (*layers, *leaf.shape), NamedSharding(mesh, spec)
+    shape, sharding = leaf.whole_shape, NamedSharding(mesh, spec)
     by_layer: Any
     if int8 and leaf.is_kernel and layers:
         of_scale = NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))

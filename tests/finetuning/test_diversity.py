@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrdiv.finetuning.diversity import (
-    ALL,
     DIVERSITY_COLUMNS,
     MAP_COLUMNS,
     OVERLAP_COLUMNS,
@@ -24,6 +23,7 @@ from instrdiv.finetuning.diversity import (
     vendi,
 )
 from instrdiv.finetuning.embedding import Embedder
+from instrdiv.finetuning.sources import ALL
 from instrdiv.rewriting.rules import effective_number
 from instrdiv.settings import BadInput
 
