@@ -13,14 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
+from absl.flags import FlagValues
 
 from experiments.show_data import as_text
-from instrdiv.index import Entry, log_of, read_entry, write_index, write_log
-from instrdiv.interruption import Interrupted
-from instrdiv.launcher import FLAGS, STOPPED, ListParser, NameParser, define_preset_flag, start
-from instrdiv.presets import BASES
-from instrdiv.processes import Commands
-from instrdiv.settings import BadInput
+from instrdiv.config.presets import BASES
+from instrdiv.launch.flags import STOPPED, ListParser, NameParser, define, define_preset_flag, start
+from instrdiv.reports.index import Entry, log_of, read_entry, write_index, write_log
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.interruption import Interrupted
+from instrdiv.runtime.processes import Commands
 
 #: In the papers' order.
 FIGURES = (
@@ -96,12 +97,12 @@ def summary(entries: Sequence[Entry], directory: Path) -> str:
     ])  # fmt: skip
 
 
-def main() -> None:
-    directory = Path(FLAGS.run_dir or Path("runs") / FLAGS.preset)
+def main(values: FlagValues) -> int:
+    directory = Path(values.run_dir or Path("runs") / values.preset)
     commands = {
-        name: ["-m", f"experiments.{name}", f"--preset={FLAGS.preset}", f"--run_dir={directory / name}"]
+        name: ["-m", f"experiments.{name}", f"--preset={values.preset}", f"--run_dir={directory / name}"]
         for name in FIGURES
-        if name in (FLAGS.only or FIGURES)
+        if name in (values.only or FIGURES)
     }
     prepare(directory, commands)
     entries = run_all(commands, {name: question(name) for name in FIGURES}, directory)
@@ -110,16 +111,24 @@ def main() -> None:
     for entry in failed:
         logs = [str(directory / path) for path in entry.files.values() if path.endswith(".log")]
         print("; ".join([f"{entry.name} {entry.status}", *entry.last_lines[-2:], *logs]), file=sys.stderr)
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
+
+
+def define_flags(values: FlagValues) -> None:
+    define_preset_flag(values, BASES)
+    define(
+        values,
+        ListParser(flags.EnumParser(list(FIGURES))),
+        "only",
+        f"figures to run, of {', '.join(FIGURES)} (default: all)",
+    )
+    define(values, NameParser(), "run_dir", "where their runs and the index go (default: runs/<preset>)")
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Runs this command in this process; without flags, on those that this process was started with."""
+    return start(main, define_flags, __doc__, argv, "all.py")
 
 
 if __name__ == "__main__":
-    define_preset_flag(BASES)
-    flags.DEFINE(
-        ListParser(flags.EnumParser(list(FIGURES))),
-        "only",
-        None,
-        f"figures to run, of {', '.join(FIGURES)} (default: all)",
-    )
-    flags.DEFINE(NameParser(), "run_dir", None, "where their runs and the index go (default: runs/<preset>)")
-    start(main)
+    launch()

@@ -6,17 +6,25 @@ What the suites are, and what is made of wrong answers: docs/evaluation.md. The 
 of the run, in place of those of an earlier evaluation of the same members, step and suite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, start, use_cpu_cores
-from instrdiv.progress import telling
-from instrdiv.results import Row
-from instrdiv.saved import SavedRun
-from instrdiv.settings import BadInput
-from instrdiv.suites import SUITES, evaluate
-from instrdiv.sweep import Options
+from instrdiv.config.layout import Options
+from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, define_task_flag, start
+from instrdiv.runs.evaluate import evaluate
+from instrdiv.runs.saved import SavedRun
+from instrdiv.runtime.devices import use_cpu_cores
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.progress import telling
+from instrdiv.runtime.tables import Row
+from instrdiv.tasks.conditions import Suite
+from instrdiv.tasks.known import load_file
+from instrdiv.tasks.task import TASKS, Task
+
+#: Suites of the tasks that are known, for --help.
+KNOWN = "; ".join(f"of {name}: {', '.join(task.suites)}" for name, task in TASKS.items())
 
 
 def summary(results: Sequence[Row]) -> str:
@@ -34,7 +42,7 @@ def summary(results: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def shown(samples: Sequence[Row], count: int) -> str:
+def shown(task: type[Task], samples: Sequence[Row], count: int) -> str:
     """Decoded answers beside the right ones, ``count`` a slice, of its members in turn; carets mark what differs."""
     by_slice: dict[str, dict[str, list[Row]]] = {}
     for row in samples:
@@ -46,51 +54,69 @@ def shown(samples: Sequence[Row], count: int) -> str:
         for number in range(count):
             of_member = of_members[number % len(of_members)]
             if number < len(of_member):
-                lines += _show(of_member[number])
+                lines += _show(task, of_member[number])
     return "\n".join(lines)
 
 
-def _show(row: Row) -> list[str]:
+def _show(task: type[Task], row: Row) -> list[str]:
     right, decoded = row["answer"], row["decoded"]
     width = max(len(right), len(decoded))
     pairs = zip(right.ljust(width), decoded.ljust(width), strict=True)
     marks = "".join(" " if a == b else "^" for a, b in pairs).rstrip()
     lines = [
-        f"  {row['pattern']} -> {row['replacement']}  member {row['member']}",
+        f"  {task.instruction_words(row)}  member {row['member']}",
         *([f"    asked    {row['asked']}"] if row["asked"] else []),
-        f"    input    {row['input']}",
+        f"    input    {row[task.parts[-1]]}",
         f"    right    {right}",
         f"    decoded  {decoded.ljust(width)}  {row['error'] or 'right'}",
     ]
     return [*lines, f"             {marks}"] if marks else lines
 
 
-def main() -> None:
-    if FLAGS.run_dir is None:
+def suites_of(task: type[Task], name: str) -> Mapping[str, Suite]:
+    """The suite of this name, or all of the task's. Raises BadInput where it has none of this name."""
+    if name != "all" and name not in task.suites:
+        raise BadInput(f"--suite={name}: the suites of the task {task.name} are {', '.join(task.suites)}, or all")
+    return task.suites if name == "all" else {name: task.suites[name]}
+
+
+def main(values: FlagValues) -> None:
+    if values.run_dir is None:
         raise BadInput("--run_dir=DIR: name the run to evaluate")
-    use_cpu_cores(FLAGS.devices)
-    saved = SavedRun(FLAGS.run_dir)
-    suites = SUITES if FLAGS.suite == "all" else {FLAGS.suite: SUITES[FLAGS.suite]}
+    if values.task:
+        load_file(values.task)
+    use_cpu_cores(values.devices)
+    saved = SavedRun(values.run_dir)
+    suites = suites_of(saved.sweep.task, values.suite)
     with saved.locked(), telling() as say:
         outcome = evaluate(
-            saved, suites, FLAGS.members, FLAGS.step, FLAGS.tests, Options(FLAGS.devices), FLAGS.show, say
+            saved, suites, values.members, values.step, values.tests, Options(values.devices), values.show, say
         )
         saved.write_results(outcome.results, outcome.errors)
-    if FLAGS.show:
-        print(shown(outcome.samples, FLAGS.show))
+    if values.show:
+        print(shown(saved.sweep.task, outcome.samples, values.show))
     for line in outcome.left_out:
         print(f"left out: {line}")
     print(summary(outcome.results))
     print(f"tables: {saved.path / 'results.csv'}, {saved.path / 'errors.csv'}")
 
 
-if __name__ == "__main__":
-    flags.DEFINE(NameParser(), "run_dir", None, "the directory of a run")
-    flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "what is tested")
+def define_flags(values: FlagValues) -> None:
+    define(values, NameParser(), "run_dir", "the directory of a run")
+    define_task_flag(values)
+    define(values, NameParser(), "suite", f"what is tested: a suite of the task ({KNOWN}), or all", "all")
     whole = NumberParser(int, low=1)
-    flags.DEFINE(NumberParser(int, low=0), "step", None, "a saved step (default: the last one)")
-    flags.DEFINE(ListParser(flags.ArgumentParser()), "members", None, "ids, as in results.csv (default: all)")
-    flags.DEFINE(whole, "tests", None, "tests a condition, as far as there are rules (default: the run's)")
-    flags.DEFINE(NumberParser(int, low=0), "show", 0, "decoded answers to show, a condition")
-    flags.DEFINE(NumberParser(int, low=1, high=256), "devices", None, "devices to use (default: all)")
-    start(main)
+    define(values, NumberParser(int, low=0), "step", "a saved step (default: the last one)")
+    define(values, ListParser(flags.ArgumentParser()), "members", "ids, as in results.csv (default: all)")
+    define(values, whole, "tests", "tests a condition, as far as there are rules (default: the run's)")
+    define(values, NumberParser(int, low=0), "show", "decoded answers to show, a condition", 0)
+    define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all)")
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Runs this command in this process; without flags, on those that this process was started with."""
+    return start(main, define_flags, __doc__, argv, "evaluate.py")
+
+
+if __name__ == "__main__":
+    launch()

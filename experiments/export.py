@@ -5,28 +5,41 @@
 ``config.json`` of the run names its members. What is written, and how to read it: docs/export.md.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.export import export_member
-from instrdiv.launcher import FLAGS, NameParser, NumberParser, start
-from instrdiv.saved import SavedRun
-from instrdiv.settings import BadInput
+from instrdiv.launch.flags import NameParser, NumberParser, define, define_task_flag, start
+from instrdiv.runs.export import export_member
+from instrdiv.runs.saved import SavedRun
+from instrdiv.runtime.errors import BadInput
+from instrdiv.tasks.known import load_file
 
 
-def main() -> None:
+def main(values: FlagValues) -> None:
     for name in ("run_dir", "member", "out"):
-        if FLAGS[name].value is None:
-            raise BadInput(f"--{name}: must be given; it is {FLAGS[name].help}")
-    out = Path(FLAGS.out)
-    step = export_member(SavedRun(Path(FLAGS.run_dir)), FLAGS.member, out, FLAGS.step, say=print)
-    print(f"{FLAGS.member}, step {step}: {out}")
+        if values[name].value is None:
+            raise BadInput(f"--{name}: must be given; it is {values[name].help}")
+    if values.task:
+        load_file(values.task)
+    out = Path(values.out)
+    step = export_member(SavedRun(Path(values.run_dir)), values.member, out, values.step, say=print)
+    print(f"{values.member}, step {step}: {out}")
+
+
+def define_flags(values: FlagValues) -> None:
+    define(values, NameParser(), "run_dir", "the run directory")
+    define_task_flag(values)
+    define(values, NameParser(), "member", "the id of the member to write")
+    define(values, NumberParser(int, low=0), "step", "a saved step (default: the last)")
+    define(values, NameParser(), "out", "the directory to write, empty or not there")
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Runs this command in this process; without flags, on those that this process was started with."""
+    return start(main, define_flags, __doc__, argv, "export.py")
 
 
 if __name__ == "__main__":
-    flags.DEFINE(NameParser(), "run_dir", None, "the run directory")
-    flags.DEFINE(NameParser(), "member", None, "the id of the member to write")
-    flags.DEFINE(NumberParser(int, low=0), "step", None, "a saved step (default: the last)")
-    flags.DEFINE(NameParser(), "out", None, "the directory to write, empty or not there")
-    start(main)
+    launch()

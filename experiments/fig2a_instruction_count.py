@@ -18,11 +18,11 @@ paper    one H200          20-35 hours     not run: time is extrapolated; report
 from collections.abc import Sequence
 from pathlib import Path
 
-from instrdiv import plots
-from instrdiv.launcher import Figure, Preset, launch
-from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.results import Row
-from instrdiv.thresholds import instruction_step_claims
+from instrdiv.analysis import plots
+from instrdiv.analysis.thresholds import instruction_step_claims
+from instrdiv.config.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
+from instrdiv.launch.figure import Figure, Preset, launch
+from instrdiv.runtime.tables import Row
 
 REPORTED_STEP = (300, 1000)
 

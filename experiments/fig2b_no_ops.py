@@ -22,12 +22,13 @@ paper    one H200          2-4 days        not run: time is extrapolated; report
 from collections.abc import Sequence
 from pathlib import Path
 
-from instrdiv import plots, thresholds
-from instrdiv.launcher import Figure, Preset, launch
-from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.results import Row, write_table
-from instrdiv.settings import Setting
-from instrdiv.suites import SUITES, Condition
+from instrdiv.analysis import plots, thresholds
+from instrdiv.analysis.claims import Claim
+from instrdiv.config.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE, Setting
+from instrdiv.launch.figure import Figure, Preset, launch
+from instrdiv.runtime.tables import Row, write_table
+from instrdiv.tasks.conditions import Condition
+from instrdiv.tasks.strings.suites import SUITES
 
 PAPER_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -100,7 +101,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
         write_table(path_stem.with_suffix(".csv"), rows, list(rows[0]))
 
 
-def claims(results: Sequence[Row]) -> list[thresholds.Claim]:
+def claims(results: Sequence[Row]) -> list[Claim]:
     """P2: "generalises from about I = 400; the no-op share hardly matters beyond that"."""
     headline = thresholds.select(results, "unseen", "has_op")
     shares = sorted({row["no_op_fraction"] for row in headline})
@@ -114,11 +115,11 @@ def claims(results: Sequence[Row]) -> list[thresholds.Claim]:
     ratios = [f"{r.text()} at {s:.0%}" for s, r in thresholds.ratios(others, found[shares[0],]).items()]
     return [
         *(
-            thresholds.Claim(f"{share:.0%} no-ops: {claim.text}", claim.holds, claim.evidence)
+            Claim(f"{share:.0%} no-ops: {claim.text}", claim.holds, claim.evidence)
             for share, of_this in judged.items()
             for claim in of_this
         ),
-        thresholds.Claim(
+        Claim(
             "beyond the step the share hardly matters (has-op exact match within 0.1)",
             max(means) - min(means) < 0.1,
             f"I = {most:,}: {min(means):.3f} to {max(means):.3f}; thresholds against {shares[0]:.0%} no-ops: "

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from instrdiv import plots, thresholds
-from instrdiv.launcher import Figure, Preset, launch
-from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.results import Row, write_table
-from instrdiv.rewriting.rules import effective_number, rule_counts
+from instrdiv.analysis import plots, thresholds
+from instrdiv.analysis.claims import Claim
+from instrdiv.config.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
+from instrdiv.launch.figure import Figure, Preset, launch
+from instrdiv.runtime.tables import Row, write_table
+from instrdiv.tasks.counts import effective_number, rule_counts
 
 PAPER_SHAPES = (math.inf, 2.0, 1.0, 0.5, 0.2, 0.1, 0.07, 0.03)
 
@@ -172,7 +173,7 @@ def name_of(shape: float) -> str:
     return "uniform" if math.isinf(shape) else f"{shape:g}"
 
 
-def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[thresholds.Claim]:
+def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[Claim]:
     """P2: many rules hold at every shape; few collapse once the tail is long."""
     unseen = thresholds.select(results, "unseen", "has_op")
     counts = sorted({row["instructions"] for row in unseen})
@@ -190,11 +191,11 @@ def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[
 
     uniform, *_, longest = few.values()
     return [
-        thresholds.Claim(f"many rules hold at every shape (unseen above {high})", min(many.values()) > high,
+        Claim(f"many rules hold at every shape (unseen above {high})", min(many.values()) > high,
                          f"I = {most:,}: {listed(many)}"),
-        thresholds.Claim(f"few rules generalise where they are equally frequent (unseen above {high})", uniform > high,
+        Claim(f"few rules generalise where they are equally frequent (unseen above {high})", uniform > high,
                          f"I = {fewest:,}: {listed(few)}"),
-        thresholds.Claim(f"and collapse where the tail is longest (unseen below {low})", longest < low,
+        Claim(f"and collapse where the tail is longest (unseen below {low})", longest < low,
                          f"I = {fewest:,}: {listed(few)}"),
     ]  # fmt: skip
 

@@ -2,39 +2,50 @@
 
     python -m experiments.show_data --preset=laptop --config.instructions=64 --num=10 --format=text
 
-Any ``--config.<field>`` of the launchers works. The training set is shown in the order of its first epoch.
+Any ``--config.<field>`` of the launchers works. The training set is shown in the order of its first epoch. Another
+task is shown by the launcher that trains it: ``--task=experiments/jsonl_instructions.py``.
 """
 
 import dataclasses
+import functools
+import importlib
 import json
 import signal
+import sys
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.evaluation import SPLITS, make_test_set, sample_test, seen_rules, stream_of_split
-from instrdiv.launcher import (
-    FLAGS,
+from instrdiv.config.groups import make_groups
+from instrdiv.config.pools import RulePools
+from instrdiv.config.settings import Member, TaskSetting
+from instrdiv.config.sizes import DEV_TESTS
+from instrdiv.evaluation.test_sets import SPLITS, make_test_set, sample_test, stream_of_split
+from instrdiv.launch.flags import (
     NumberParser,
+    define,
+    define_enum,
     define_preset_flag,
     define_setting_flags,
+    define_task_flag,
     refuse_idle_flags,
     setting_flags,
     start,
 )
-from instrdiv.population import ExampleOrder, RulePools, make_groups, stack_group, training_example
-from instrdiv.presets import BASES, DEV_TESTS
-from instrdiv.rewriting.examples import Rules
-from instrdiv.settings import BadInput, Member, Setting, alphabet_of
+from instrdiv.runtime.errors import BadInput
+from instrdiv.tasks.known import load_file
+from instrdiv.training.order import ExampleOrder
+from instrdiv.training.population import stack_group, training_example
 
 
-def rows(setting: Setting, split: str, count: int, seed: int, dev_tests: int) -> list[dict]:
-    """Examples as ``pattern, replacement, input, answer, op, rule_id, split``.
+def rows(setting: TaskSetting, split: str, count: int, seed: int, dev_tests: int) -> list[dict]:
+    """Examples as the parts of the prompt, the answer, what is known of them, ``rule_id`` and ``split``.
 
-    ``rule_id`` is the rule's place in the seed's pool (``train``, ``seen``) or among the held-out rules; the first
-    ``dev_tests`` of those are ``unseen_dev``, the next ones ``unseen``.
-    Raises BadInput for a setting that cannot be sampled.
+    In string rewriting: ``pattern, replacement, input, answer, op, rule_id, split``. ``rule_id`` is the rule's place in
+    the seed's pool (``train``, ``seen``) or among the held-out rules; the first ``dev_tests`` of those are
+    ``unseen_dev``, the next ones ``unseen``. Raises BadInput for a setting that cannot be sampled.
     """
     setting.validate()
     most = {"train": setting.examples, "unseen_dev": dev_tests}.get(split, count)
@@ -46,25 +57,22 @@ def rows(setting: Setting, split: str, count: int, seed: int, dev_tests: int) ->
     data = jax.tree.map(lambda leaf: leaf[0], data)
     if split == "train":
         index = ExampleOrder(setting.examples, count).batches(0, 1)[0]
-        batch = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, data, i)))(index)
+        batch = jax.jit(jax.vmap(lambda i: training_example(group, tables, data, i)))(index)
         rule_ids = np.searchsorted(np.asarray(data.cumulative_counts), index, side="right")
     else:
         tests = make_test_set(split, [member], pools, dev_tests, tests=count)
         stream = stream_of_split(split, setting.split_seed)
-        make = jax.jit(jax.vmap(lambda rule, i: sample_test(group.shape, data, rule, stream, i)))
-        batch = make(Rules.from_table(tests.rules[0][:count]), np.arange(count))
+        make = jax.jit(jax.vmap(lambda rule, i: sample_test(group, data, rule, stream, i)))
+        batch = make(tests.rules[0][:count].arrays(), np.arange(count))
         first = {"unseen_dev": 0, "unseen": dev_tests}
         seen = split.startswith("seen")
-        rule_ids = seen_rules(member, count, split == "seen_by_share") if seen else first[split] + np.arange(count)
-    alphabet, result = alphabet_of(setting), []
-    columns = map(np.asarray, (batch.tokens, batch.occurrences, batch.near_miss))
-    for rule_id, tokens, occurrences, near_miss in zip(rule_ids, *columns, strict=True):
-        text = alphabet.decode_tokens(tokens).strip("_").removesuffix("$")
-        pattern, replacement, string, answer = text.split("#")
-        op = "has_op" if occurrences else "near_miss" if near_miss else "no_op"
-        result.append({"pattern": pattern, "replacement": replacement, "input": string, "answer": answer, "op": op,
-                       "rule_id": int(rule_id), "split": split})  # fmt: skip
-    return result
+        rule_ids = member.seen_rules(count, split == "seen_by_share") if seen else first[split] + np.arange(count)
+    batch = jax.device_get(batch)
+    made = [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(count)]
+    return [
+        setting.words(example.tokens) | setting.fact_words(example.facts) | {"rule_id": int(rule_id), "split": split}
+        for rule_id, example in zip(rule_ids, made, strict=True)
+    ]
 
 
 def as_text(shown: list[dict]) -> str:
@@ -77,22 +85,56 @@ def as_text(shown: list[dict]) -> str:
     )
 
 
-def main() -> None:
-    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
-    refuse_idle_flags([setting])
-    shown = rows(setting, FLAGS.split, FLAGS.num, FLAGS.seed, DEV_TESTS[FLAGS.preset])
-    print(as_text(shown) if FLAGS.format == "text" else "\n".join(map(json.dumps, shown)))
+def bases(argv: Sequence[str]) -> Mapping[str, tuple[TaskSetting, int]]:
+    """The presets, each a setting and how many held-out rules its run tunes on.
+
+    Those of the launcher that ``--task`` names among the flags, else those of string rewriting.
+    """
+    named = [word.partition("=")[2] for word in argv if word.lstrip("-").startswith("task=")]
+    if not named:
+        of_rewriting = importlib.import_module("instrdiv.config.presets").BASES
+        return {name: (base, DEV_TESTS[name]) for name, base in of_rewriting.items()}
+    module = load_file(named[-1])
+    if not hasattr(module, "FIGURE"):
+        raise BadInput(f"--task={named[-1]}: has no FIGURE; name a launcher")
+    return {name: (preset.base, preset.dev_tests) for name, preset in module.FIGURE.presets.items()}
+
+
+def main(values: FlagValues, presets: Mapping[str, tuple[TaskSetting, int]]) -> None:
+    base, dev_tests = presets[values.preset]
+    given = setting_flags(values, type(base))
+    setting = dataclasses.replace(base, **given)
+    refuse_idle_flags([setting], given)
+    shown = rows(setting, values.split, values.num, values.seed, dev_tests)
+    print(as_text(shown) if values.format == "text" else "\n".join(map(json.dumps, shown)))
+
+
+def define_flags(values: FlagValues, presets: Mapping[str, tuple[TaskSetting, int]]) -> None:
+    define_preset_flag(values, presets)
+    define_setting_flags(values, type(next(iter(presets.values()))[0]))
+    define_task_flag(values)
+    define_enum(
+        values, "split", ["train", *SPLITS], "training set, or the rules of a test split with fresh inputs", "train"
+    )
+    define_enum(values, "format", ["text", "jsonl"], "how it is written", "text")
+    define(values, NumberParser(int, low=1), "num", "how many examples", 10)
+    define(values, NumberParser(int, low=0, high=2**31 - 1), "seed", "whose rules and inputs", 0)
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Runs this command in this process; without flags, on those that this process was started with."""
+
+    @functools.cache
+    def presets() -> Mapping[str, tuple[TaskSetting, int]]:
+        return bases(sys.argv[1:] if argv is None else argv)
+
+    def run(values: FlagValues) -> None:
+        main(values, presets())
+
+    return start(run, lambda values: define_flags(values, presets()), __doc__, argv, "show_data.py")
 
 
 if __name__ == "__main__":
-    define_preset_flag(BASES)
-    define_setting_flags()
-    flags.DEFINE_enum(
-        "split", "train", ["train", *SPLITS], "training set, or the rules of a test split with fresh inputs"
-    )
-    flags.DEFINE_enum("format", "text", ["text", "jsonl"], "how it is written")
-    flags.DEFINE(NumberParser(int, low=1), "num", 10, "how many examples")
-    flags.DEFINE(NumberParser(int, low=0, high=2**31 - 1), "seed", 0, "whose rules and inputs")
-    start(main)
+    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    launch()

@@ -13,15 +13,17 @@ import itertools
 import json
 import signal
 import sys
+from collections.abc import Sequence
 
-from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.finetuning.packing import Example, pack, tokenise
-from instrdiv.finetuning.sources import SCHEMAS, read_rows
-from instrdiv.finetuning.templates import NAMED, make_template
-from instrdiv.finetuning.tokenizer import Tokenizer
-from instrdiv.launcher import FLAGS, NameParser, NumberParser, define_switch, start
-from instrdiv.settings import BadInput
+from instrdiv.data.packing import Example, pack, tokenise
+from instrdiv.data.schemas import SCHEMAS
+from instrdiv.data.sources import read_rows
+from instrdiv.data.templates import NAMED, make_template
+from instrdiv.data.tokenizer import Tokenizer
+from instrdiv.launch.flags import NameParser, NumberParser, define, define_enum, define_switch, start
+from instrdiv.runtime.errors import BadInput
 
 
 def runs(example: Example, length: int) -> list[tuple[bool, list[int]]]:
@@ -67,37 +69,45 @@ def _head(example: Example, length: int) -> str:
     return f"--- {example.where}: {size} tokens{cut}, the loss on {kept}"
 
 
-def main() -> None:
-    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+def main(values: FlagValues) -> None:
     for name in ("data", "checkpoint"):
-        if FLAGS[name].value is None:
-            raise BadInput(f"--{name}: must be given; it is {FLAGS[name].help}")
-    tokenizer = Tokenizer.load(FLAGS.checkpoint)
-    template = make_template(FLAGS.template, tokenizer)
-    dropped: list[str] | None = [] if FLAGS.drop_empty else None
-    rows = read_rows(FLAGS.data, FLAGS.schema, dropped=dropped)
-    examples = tokenise(rows if FLAGS.report else itertools.islice(rows, FLAGS.num), template, tokenizer)
-    shown = list(itertools.islice(examples, FLAGS.num))
+        if values[name].value is None:
+            raise BadInput(f"--{name}: must be given; it is {values[name].help}")
+    tokenizer = Tokenizer.load(values.checkpoint)
+    template = make_template(values.template, tokenizer)
+    dropped: list[str] | None = [] if values.drop_empty else None
+    rows = read_rows(values.data, values.schema, dropped=dropped)
+    examples = tokenise(rows if values.report else itertools.islice(rows, values.num), template, tokenizer)
+    shown = list(itertools.islice(examples, values.num))
     for example in shown:
-        print(FORMATS[FLAGS.format](example, tokenizer, FLAGS.max_length))
-    if FLAGS.report:
-        _, report = pack(itertools.chain(shown, examples), FLAGS.max_length, tokenizer.pad_id)
+        print(FORMATS[values.format](example, tokenizer, values.max_length))
+    if values.report:
+        _, report = pack(itertools.chain(shown, examples), values.max_length, tokenizer.pad_id)
         print(report.text, file=sys.stderr)
     if dropped:
         print(f"left out, because they ask or answer nothing: {len(dropped):,}, first {dropped[0]}", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def define_flags(values: FlagValues) -> None:
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     templates = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
-    flags.DEFINE(NameParser(), "data", None, "a .jsonl, .json or .parquet file, a directory, or hub:owner/name[:split]")
-    flags.DEFINE(NameParser(), "schema", None, f"what its fields mean (default: by the fields): {schemas}")
-    flags.DEFINE(NameParser(), "checkpoint", None, "a directory with a tokenizer.json")
-    flags.DEFINE(NameParser(), "template", "alpaca", f"how a row becomes text: {templates}")
-    flags.DEFINE(NumberParser(int, low=2), "max_length", 768, "tokens at which examples are cut")
-    flags.DEFINE(NumberParser(int, low=0), "num", 3, "how many examples are shown")
-    flags.DEFINE_enum("format", "text", list(FORMATS), "how they are shown")
-    define_switch("report", "read all rows, and say what truncation and packing do to them")
-    define_switch("drop_empty", "leave out rows that ask or answer nothing, and say how many")
-    start(main)
+    define(values, NameParser(), "data", "a .jsonl, .json or .parquet file, a directory, or hub:owner/name[:split]")
+    define(values, NameParser(), "schema", f"what its fields mean (default: by the fields): {schemas}")
+    define(values, NameParser(), "checkpoint", "a directory with a tokenizer.json")
+    define(values, NameParser(), "template", f"how a row becomes text: {templates}", "alpaca")
+    define(values, NumberParser(int, low=2), "max_length", "tokens at which examples are cut", 768)
+    define(values, NumberParser(int, low=0), "num", "how many examples are shown", 3)
+    define_enum(values, "format", list(FORMATS), "how they are shown", "text")
+    define_switch(values, "report", "read all rows, and say what truncation and packing do to them")
+    define_switch(values, "drop_empty", "leave out rows that ask or answer nothing, and say how many")
+
+
+def launch(argv: Sequence[str] | None = None) -> int:
+    """Runs this command in this process; without flags, on those that this process was started with."""
+    return start(main, define_flags, __doc__, argv, "show_finetuning_data.py")
+
+
+if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    launch()

@@ -24,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from instrdiv import plots, thresholds
-from instrdiv.launcher import Figure, Preset, launch
-from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.results import Row
-from instrdiv.settings import Setting
-from instrdiv.suites import Condition, held_out
+from instrdiv.analysis import plots, thresholds
+from instrdiv.analysis.claims import Claim
+from instrdiv.config.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE, Setting
+from instrdiv.evaluation.statistics import mean_interval
+from instrdiv.launch.figure import Figure, Preset, launch
+from instrdiv.runtime.tables import Row
+from instrdiv.tasks.conditions import Condition, held_out
 
 PAPER_OCCURRENCES = ((1,), (5,), (10,), (15,), (20,), (1, 5, 10, 15, 20))
 PAPER_COUNTS = (200, 500, 1000, 2000)
@@ -123,7 +124,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     plots.finish(figure, results, path_stem, "Heat maps: means over seeds.")
 
 
-def claims(results: Sequence[Row], low: float = 0.1) -> list[thresholds.Claim]:
+def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
     """P1: the mixture beats any single number at every I where anything generalises; few rules give 0. About means."""
     mixture = list(tested_on(results).values())[-1]
     counts = sorted({row["instructions"] for row in mixture})
@@ -136,16 +137,16 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[thresholds.Claim]:
         evidence = f"I = {count:,}: " + ", ".join(f"trained on {_name(p)} {mean:.3f}" for p, mean in means.items())
         if count == counts[0]:
             text = f"few rules never generalise, however often the pattern occurs (unseen below {low})"
-            found.append(thresholds.Claim(text, max(means.values()) < low, evidence))
+            found.append(Claim(text, max(means.values()) < low, evidence))
         elif max(means.values()) > low:
             *singles, both = means
             best = max(singles, key=means.__getitem__)
-            ahead = thresholds.mean_interval(_differences(trained[both], trained[best]))
+            ahead = mean_interval(_differences(trained[both], trained[best]))
             evidence += f"; ahead of the best of {len(singles)} by {ahead.text()} over {ahead.count} seeds"
             text = "the mixture beats every single number of occurrences"
-            found.append(thresholds.Claim(text, means[both] > means[best], evidence))
+            found.append(Claim(text, means[both] > means[best], evidence))
     if len(found) < 2:
-        found.append(thresholds.Claim("something generalises", False, f"no mean above {low}"))
+        found.append(Claim("something generalises", False, f"no mean above {low}"))
     return found
 
 

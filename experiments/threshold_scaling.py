@@ -27,12 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instrdiv import plots, thresholds
-from instrdiv.launcher import Figure, Preset, launch
-from instrdiv.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SMOKE
-from instrdiv.results import Row, write_table
-from instrdiv.settings import SETTING_COLUMNS
-from instrdiv.thresholds import Threshold
+from instrdiv.analysis import plots, thresholds
+from instrdiv.analysis.thresholds import Threshold
+from instrdiv.config.presets import DEV_TESTS, GPU, LAPTOP, PAPER, SETTING_COLUMNS, SMOKE
+from instrdiv.evaluation.statistics import NOTHING, Interval
+from instrdiv.launch.figure import Figure, Preset, launch
+from instrdiv.runtime.tables import Row, write_table
 
 Level = Mapping[str, Any]
 
@@ -163,7 +163,7 @@ def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], d
     return {factor: levels[factor] for factor in FIELDS if factor in levels}, at_base
 
 
-def trends_of(levels: Mapping[str, Mapping[Any, Threshold]]) -> dict[str, thresholds.Interval]:
+def trends_of(levels: Mapping[str, Mapping[Any, Threshold]]) -> dict[str, Interval]:
     """The exponents of the factors of ``TRENDS`` that have three levels; their intervals hold together."""
     factors = [factor for factor in TRENDS if len(levels.get(factor, ())) >= 3]
     return {factor: thresholds.trend(levels[factor], len(factors)) for factor in factors}
@@ -186,7 +186,7 @@ def summary(levels: Mapping[str, Mapping[Any, Threshold]], at_base: Mapping[str,
     trends = trends_of(levels)
     rows = []
     for factor, level in found:
-        trend = trends.get(factor, thresholds.NOTHING)
+        trend = trends.get(factor, NOTHING)
         row = row_of[once if (factor, level) in base else (factor, level)] | {"factor": factor, "level": level}
         exponent = {"exponent": trend.mean, "exponent_low": trend.low, "exponent_high": trend.high}
         rows.append(row | exponent | {"trends": len(trends)})
@@ -204,7 +204,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     for axes in panels[len(levels) :]:
         axes.set_visible(False)
     for axes, (factor, of_factor) in zip(panels, levels.items(), strict=False):
-        trend = trends.get(factor, thresholds.NOTHING)
+        trend = trends.get(factor, NOTHING)
         title = factor if math.isnan(trend.mean) else f"{factor}: I50 ~ level ^ {trend.text()}"
         axes.set_title(title, loc="left", fontsize=9.5)
         plots.threshold_levels(axes, of_factor, at_base[factor], tested)

@@ -12,13 +12,16 @@ In a notebook:
 
 from importlib import metadata
 
-from instrdiv import presets
-from instrdiv.compile_cache import use_compile_cache
-from instrdiv.launcher import use_cpu_cores
-from instrdiv.rewriting.markov import MarkovAlgorithm, rewrite
-from instrdiv.run import Run, plan, run
-from instrdiv.settings import BadInput, Member, Setting
-from instrdiv.sweep import Options, Sweep
+from instrdiv.config import presets
+from instrdiv.config.layout import Options
+from instrdiv.config.presets import Setting
+from instrdiv.config.settings import Member
+from instrdiv.config.sweep import Sweep
+from instrdiv.runs.run import Run, plan, run
+from instrdiv.runtime.compile_cache import use_compile_cache
+from instrdiv.runtime.devices import use_cpu_cores
+from instrdiv.runtime.errors import BadInput
+from instrdiv.tasks.strings.markov import MarkovAlgorithm, rewrite
 
 __all__ = [
     "BadInput",

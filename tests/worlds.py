@@ -2,10 +2,12 @@
 
 import dataclasses
 
-from instrdiv.population import RulePools, make_groups, make_mesh
-from instrdiv.presets import SMOKE
-from instrdiv.settings import Member, Setting
-from instrdiv.training import Trainer
+from instrdiv.config.groups import make_groups
+from instrdiv.config.pools import RulePools
+from instrdiv.config.presets import SMOKE, Setting
+from instrdiv.config.settings import Member
+from instrdiv.runtime.mesh import make_mesh
+from instrdiv.training.members import Trainer
 
 TINY = dataclasses.replace(
     SMOKE,

@@ -35,27 +35,27 @@ from typing import Any
 
 import jax
 from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.launcher import (
-    FLAGS,
+from instrdiv.config.layout import ATTENTION, Options
+from instrdiv.config.presets import BASES, DEV_TESTS, Setting
+from instrdiv.config.settings import Member
+from instrdiv.launch.flags import (
     ListParser,
     NameParser,
     NumberParser,
+    define,
     define_preset_flag,
     define_setting_flags,
     define_switch,
     refuse_idle_flags,
     setting_flags,
     start,
-    usable_cores,
-    use_cpu_cores,
 )
-from instrdiv.model import ATTENTION
-from instrdiv.presets import BASES, DEV_TESTS
-from instrdiv.probing import peak_device_bytes
-from instrdiv.progress import telling
-from instrdiv.settings import BadInput, Member, Setting
-from instrdiv.sweep import Options
+from instrdiv.runtime.devices import usable_cores, use_cpu_cores
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.memory import peak_device_bytes
+from instrdiv.runtime.progress import telling
 from tools import contenders, machine, peers, startup, targets
 from tools.contenders import World
 from tools.measuring import Contender, Outcome, in_one_line, take_turns
@@ -104,6 +104,8 @@ def line_up(
     blocks: Sequence[int],
     attentions: Sequence[str],
     peer_batch_sizes: Sequence[int],
+    dev_tests: int,
+    tests: int,
 ) -> list[Contender]:
     """All contenders, the most important first: where time is short, the last ones are not run."""
     on_cpu, optimizer = jax.default_backend() == "cpu", world.setting.optimizer
@@ -128,9 +130,7 @@ def line_up(
         *others,
         *more_compiled,
         *(ours(batch_size, block, name) for name in as_peers),
-        contenders.evaluation(
-            world, block, devices_for(world, block), DEV_TESTS[FLAGS.preset], SIZES[FLAGS.preset].tests
-        ),
+        contenders.evaluation(world, block, devices_for(world, block), dev_tests, tests),
         peers.ensemble(world, peer_batch_sizes[0]),
         peers.flax_loop(world, batch_size),
         *eager_bf16[:1],
@@ -172,48 +172,50 @@ def devices_for(world: World, block: int) -> int:
     return devices
 
 
-def seconds() -> float:
-    return FLAGS.seconds or SIZES[FLAGS.preset].seconds
+def chosen_size(values: FlagValues) -> Size:
+    """The preset's, with what the flags say."""
+    size = SIZES[values.preset]
+    return dataclasses.replace(size, seconds=values.seconds or size.seconds, rounds=values.rounds or size.rounds)
 
 
-def rounds() -> int:
-    return FLAGS.rounds or SIZES[FLAGS.preset].rounds
-
-
-def chosen_setting() -> tuple[Setting, list[int]]:
+def chosen_setting(values: FlagValues) -> tuple[Setting, list[int]]:
     """The preset's setting with what the flags change, and the batch sizes that ours is to be measured at."""
-    given = setting_flags()
-    base = BASES[FLAGS.preset]
+    given = setting_flags(values, Setting)
+    base = BASES[values.preset]
     batch_sizes = list(dict.fromkeys(given.pop("batch_size", (base.batch_size,))))
     settings = [dataclasses.replace(base, **given, batch_size=batch_size) for batch_size in batch_sizes]
     for setting in settings:
         setting.validate()
-    refuse_idle_flags(settings)
+    refuse_idle_flags(settings, given)
     return settings[0], batch_sizes
 
 
-def set_up(record: Record, folder: Path, time_left: Callable[[], float], say: Callable[[str], None]) -> None:
+def set_up(
+    record: Record, folder: Path, size: Size, time_left: Callable[[], float], say: Callable[[str], None]
+) -> None:
     """Sets contenders up while there is time to; each leaves enough for the rounds of those that are set up."""
     for number, outcome in enumerate(record.outcomes, 1):
         ready = sum(other.ready is not None for other in record.outcomes)
-        if ready and time_left() < _SET_UP_SECONDS + rounds() * seconds() * (ready + 1):
+        if ready and time_left() < _SET_UP_SECONDS + size.rounds * size.seconds * (ready + 1):
             return
         say(f"setting up {number} of {len(record.outcomes)}: {outcome.contender.label}")
-        outcome.prepare(seconds())
+        outcome.prepare(size.seconds)
         if not outcome.ready:
             say(f"{outcome.contender.label}: {outcome.status}")
         record.write(folder)
 
 
-def compete(record: Record, folder: Path, time_left: Callable[[], float], say: Callable[[str], None]) -> None:
+def compete(
+    record: Record, folder: Path, size: Size, time_left: Callable[[], float], say: Callable[[str], None]
+) -> None:
     """Takes the samples."""
 
     def before(round: int, place: int, outcome: Outcome) -> None:
         if place == 0:
             record.write(folder)
-        say(f"round {round + 1} of {rounds()}: {outcome.contender.label}")
+        say(f"round {round + 1} of {size.rounds}: {outcome.contender.label}")
 
-    take_turns(record.outcomes, rounds(), time_left, before)
+    take_turns(record.outcomes, size.rounds, time_left, before)
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -231,40 +233,40 @@ def publish(record: Record, folder: Path) -> None:
     (folder / "targets.md").write_text(targets.markdown(record))
 
 
-def benchmark() -> None:
+def benchmark(values: FlagValues) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
     use_cpu_cores()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
     on_cpu = jax.default_backend() == "cpu"
-    kept = 2 * _SET_UP_SECONDS * FLAGS.startup  # for what comes after the contenders
-    end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9)) - kept
+    kept = 2 * _SET_UP_SECONDS * values.startup  # for what comes after the contenders
+    end = time.monotonic() + 60 * (values.minutes or (math.inf if on_cpu else 9)) - kept
 
     def time_left() -> float:
         return end - time.monotonic()
 
-    setting, batch_sizes = chosen_setting()
-    size = SIZES[FLAGS.preset]
+    setting, batch_sizes = chosen_setting(values)
+    size = chosen_size(values)
     members, peer_batch_sizes = size.members, size.peer_batch_sizes
-    if on_cpu and FLAGS.preset in ("gpu", "paper"):
+    if on_cpu and values.preset in ("gpu", "paper"):
         members, peer_batch_sizes = usable_cores(), tuple({64: None, setting.batch_size: None})
-    members, peer_batch_sizes = FLAGS.members or members, FLAGS.peer_batch_sizes or peer_batch_sizes
-    world = World(setting, members, seconds())
-    blocks = FLAGS.members_per_vmap or likely_blocks(world)
-    attentions = FLAGS.attention or likely_attentions(setting)
+    members, peer_batch_sizes = values.members or members, values.peer_batch_sizes or peer_batch_sizes
+    world = World(setting, members, size.seconds)
+    blocks = values.members_per_vmap or likely_blocks(world)
+    attentions = values.attention or likely_attentions(setting)
     for attention in attentions:
         Options(attention=attention).resolve(world.members)  # can it be? asked before anything is compiled
-    line = line_up(world, batch_sizes, blocks, attentions, peer_batch_sizes)
-    line = [contender for contender in line if not FLAGS.only or contender.kind in FLAGS.only]
+    line = line_up(world, batch_sizes, blocks, attentions, peer_batch_sizes, DEV_TESTS[values.preset], size.tests)
+    line = [contender for contender in line if not values.only or contender.kind in values.only]
     if not line:
-        raise BadInput(f"--only={','.join(FLAGS.only)}: none of these is measured on {jax.default_backend()}")
+        raise BadInput(f"--only={','.join(values.only)}: none of these is measured on {jax.default_backend()}")
 
     device = "cpu" if on_cpu else re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
-    folder = Path(FLAGS.out or f"results/benchmark/{FLAGS.preset}-{device}")
+    folder = Path(values.out or f"results/benchmark/{values.preset}-{device}")
     folder.mkdir(parents=True, exist_ok=True)
     with telling() as say:
         say("measuring this machine's matrix products and copies")
         record = Record(
-            preset=FLAGS.preset,
+            preset=values.preset,
             setting=setting,
             members=members,
             tokens=world.tokens,
@@ -275,35 +277,38 @@ def benchmark() -> None:
             outcomes=[Outcome(contender) for contender in line],
         )
         record.write(folder)
-        if FLAGS.memory:  # first: the most that was in use is then its own
+        if values.memory:  # first: the most that was in use is then its own
             say("compiling 48 members of the papers' shape at batch 512")
             record.memory = attempt(contenders.memory)
             record.write(folder)
-        set_up(record, folder, time_left, say)
-        compete(record, folder, time_left, say)
+        set_up(record, folder, size, time_left, say)
+        compete(record, folder, size, time_left, say)
         record.device_peak_bytes = peak_device_bytes()
         publish(record, folder)
-        if FLAGS.startup:
+        if values.startup:
             say("timing a launcher's first step, twice")
-            record.startup = attempt(lambda: startup.measure(FLAGS.preset, setting.steps))
+            record.startup = attempt(lambda: startup.measure(values.preset, setting.steps))
             publish(record, folder)
     print(record.as_text(), targets.markdown(record), f"all of it: {folder}", sep="\n\n")
 
 
-if __name__ == "__main__":
+def define_flags(values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
-    define_preset_flag(BASES)
-    define_setting_flags({"batch_size"})
-    flags.DEFINE(whole, "members", None, "that are trained together (default: the preset's)")
-    flags.DEFINE(ListParser(whole), "members_per_vmap", None, "blocks of ours, a list (default: 1 on CPU, else a few)")
+    define_preset_flag(values, BASES)
+    define_setting_flags(values, Setting, {"batch_size"})
+    define(values, whole, "members", "that are trained together (default: the preset's)")
+    define(values, ListParser(whole), "members_per_vmap", "blocks of ours, a list (default: 1 on CPU, else a few)")
     kernels = ListParser(flags.EnumParser(list(ATTENTION)))
-    flags.DEFINE(kernels, "attention", None, f"of ours, a list of {', '.join(ATTENTION)} (default: what there is)")
-    flags.DEFINE(ListParser(whole), "peer_batch_sizes", None, "of PyTorch's models, a list (default: the preset's)")
-    flags.DEFINE(NumberParser(float, low=0), "seconds", None, "that a sample takes, about (default: the preset's)")
-    flags.DEFINE(whole, "rounds", None, "samples of each contender (default: the preset's)")
-    flags.DEFINE(NumberParser(float, low=0), "minutes", None, "to be done in (default: 9; on CPU as long as it takes)")
-    flags.DEFINE(ListParser(flags.EnumParser(list(KINDS))), "only", None, f"who takes part, of {', '.join(KINDS)}")
-    flags.DEFINE(NameParser(), "out", None, "where the results go (default: results/benchmark/<preset>-<device>)")
-    define_switch("startup", "time a launcher's first step, too")
-    define_switch("memory", "compile the papers' population, too; run it on an accelerator")
-    start(benchmark)
+    define(values, kernels, "attention", f"of ours, a list of {', '.join(ATTENTION)} (default: what there is)")
+    define(values, ListParser(whole), "peer_batch_sizes", "of PyTorch's models, a list (default: the preset's)")
+    define(values, NumberParser(float, low=0), "seconds", "that a sample takes, about (default: the preset's)")
+    define(values, whole, "rounds", "samples of each contender (default: the preset's)")
+    define(values, NumberParser(float, low=0), "minutes", "to be done in (default: 9; on CPU as long as it takes)")
+    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"who takes part, of {', '.join(KINDS)}")
+    define(values, NameParser(), "out", "where the results go (default: results/benchmark/<preset>-<device>)")
+    define_switch(values, "startup", "time a launcher's first step, too")
+    define_switch(values, "memory", "compile the papers' population, too; run it on an accelerator")
+
+
+if __name__ == "__main__":
+    start(benchmark, define_flags, __doc__)

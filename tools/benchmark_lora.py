@@ -29,7 +29,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from absl.flags import FlagValues
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.finetuning.config import ModelConfig, Rope
-from instrdiv.finetuning.llama import BLOCK_LINEAR
-from instrdiv.finetuning.lora import Lora, linear_shapes
-from instrdiv.finetuning.packing import Packed
-from instrdiv.finetuning.training import AdapterMember, AdapterTrainer, Recipe, make_mesh
-from instrdiv.finetuning.weights import quantise
-from instrdiv.launcher import FLAGS, ListParser, NameParser, NumberParser, define_preset_flag, start, usable_cores
-from instrdiv.planning import in_bytes
-from instrdiv.probing import peak_device_bytes, program_bytes
-from instrdiv.progress import telling
-from instrdiv.results import Row
-from instrdiv.settings import BadInput
+from instrdiv.data.packing import Packed
+from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, define_preset_flag, start
+from instrdiv.models.llama import BLOCK_LINEAR, Model
+from instrdiv.models.llama_config import ModelConfig, Rope
+from instrdiv.models.lora import Lora, linear_shapes
+from instrdiv.models.weights import quantise
+from instrdiv.runtime.devices import usable_cores
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.memory import peak_device_bytes, program_bytes
+from instrdiv.runtime.mesh import make_mesh
+from instrdiv.runtime.progress import telling
+from instrdiv.runtime.tables import Row
+from instrdiv.runtime.units import in_bytes
+from instrdiv.training.adapter_trainer import AdapterTrainer, Job
+from instrdiv.training.recipe import AdapterMember, Recipe
 from tools import machine, peers
 from tools.contenders import compile_program
 from tools.measuring import Contender, NotRun, Outcome, Ready, ratio, take_turns
@@ -209,7 +213,9 @@ class World:
             schedule="constant",
         )
         rows = [self.rows] * members
-        return AdapterTrainer(scale.config, self.weights(int8), self.members[:members], rows, recipe, make_mesh())
+        return AdapterTrainer(
+            Job(Model(scale.config, self.weights(int8)), self.members[:members], rows, recipe, make_mesh())
+        )
 
 
 def _base(int8: bool) -> str:
@@ -335,13 +341,13 @@ def peft(world: World) -> Contender:
     )
 
 
-def line_up(world: World) -> list[Contender]:
+def line_up(world: World, only: Sequence[str] | None) -> list[Contender]:
     members = world.scale.members
     everyone = [
         *(ours(world, members, False), ours(world, 1, False), peft(world)),
         *(ours(world, members, True), ours(world, 1, True)),
     ]
-    return [contender for contender in everyone if not FLAGS.only or contender.kind in FLAGS.only]
+    return [contender for contender in everyone if not only or contender.kind in only]
 
 
 def verdict(record: Record) -> list[str]:
@@ -361,27 +367,27 @@ def verdict(record: Record) -> list[str]:
     return said
 
 
-def benchmark() -> None:
+def benchmark(values: FlagValues) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
     on_cpu = jax.default_backend() == "cpu"
-    end = time.monotonic() + 60 * (FLAGS.minutes or (math.inf if on_cpu else 9))
+    end = time.monotonic() + 60 * (values.minutes or (math.inf if on_cpu else 9))
 
     def time_left() -> float:
         return end - time.monotonic()
 
-    changes = {name: getattr(FLAGS, name) for name in ("members", "batch_size", "places", "rank", "seconds", "rounds")}
-    scale = dataclasses.replace(SCALES[FLAGS.preset], **{n: value for n, value in changes.items() if value})
+    changes = {name: getattr(values, name) for name in ("members", "batch_size", "places", "rank", "seconds", "rounds")}
+    scale = dataclasses.replace(SCALES[values.preset], **{n: value for n, value in changes.items() if value})
     if scale.places > scale.config.max_positions:
         raise BadInput(f"--places={scale.places}: the base has {scale.config.max_positions} positions")
     world = World(scale)
     device = "cpu" if on_cpu else re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
-    folder = Path(FLAGS.out or f"results/finetuning/benchmark-{device}")
+    folder = Path(values.out or f"results/finetuning/benchmark-{device}")
     folder.mkdir(parents=True, exist_ok=True)
     with telling() as say:
         say("measuring this machine's matrix products and copies")
         record = Record(
-            preset=FLAGS.preset,
+            preset=values.preset,
             setting=scale,
             members=scale.members,
             tokens=float(scale.places),
@@ -389,7 +395,7 @@ def benchmark() -> None:
             command=["python", "-m", "tools.benchmark_lora", *sys.argv[1:]],
             machine=machine.describe(),
             ceilings=machine.ceilings(scale.precision),
-            outcomes=[Outcome(contender) for contender in line_up(world)],
+            outcomes=[Outcome(contender) for contender in line_up(world, values.only)],
         )
         record.memory = world.memory
         set_up(record, folder, time_left, say)
@@ -419,16 +425,19 @@ def set_up(record: Record, folder: Path, time_left: Callable[[], float], say: Ca
         record.write(folder)
 
 
-if __name__ == "__main__":
+def define_flags(values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
-    define_preset_flag(SCALES)
-    flags.DEFINE(whole, "members", None, "adapters that are trained together (default: the preset's)")
-    flags.DEFINE(whole, "batch_size", None, "rows a step of one member (default: the preset's)")
-    flags.DEFINE(whole, "places", None, "tokens of a row (default: the preset's)")
-    flags.DEFINE(whole, "rank", None, "of every adapter (default: the preset's)")
-    flags.DEFINE(NumberParser(float, low=0), "seconds", None, "that a sample takes, about (default: the preset's)")
-    flags.DEFINE(whole, "rounds", None, "samples of each contender (default: the preset's)")
-    flags.DEFINE(NumberParser(float, low=0), "minutes", None, "to be done in (default: 9; on CPU as long as it takes)")
-    flags.DEFINE(ListParser(flags.EnumParser(list(KINDS))), "only", None, f"who takes part, of {', '.join(KINDS)}")
-    flags.DEFINE(NameParser(), "out", None, "where the results go (default: results/finetuning/benchmark-<device>)")
-    start(benchmark)
+    define_preset_flag(values, SCALES)
+    define(values, whole, "members", "adapters that are trained together (default: the preset's)")
+    define(values, whole, "batch_size", "rows a step of one member (default: the preset's)")
+    define(values, whole, "places", "tokens of a row (default: the preset's)")
+    define(values, whole, "rank", "of every adapter (default: the preset's)")
+    define(values, NumberParser(float, low=0), "seconds", "that a sample takes, about (default: the preset's)")
+    define(values, whole, "rounds", "samples of each contender (default: the preset's)")
+    define(values, NumberParser(float, low=0), "minutes", "to be done in (default: 9; on CPU as long as it takes)")
+    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"who takes part, of {', '.join(KINDS)}")
+    define(values, NameParser(), "out", "where the results go (default: results/finetuning/benchmark-<device>)")
+
+
+if __name__ == "__main__":
+    start(benchmark, define_flags, __doc__)

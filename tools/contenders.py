@@ -17,24 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.evaluation import Evaluator, make_test_set, piece_size
-from instrdiv.planning import REACHED_FLOPS, flops_per_example
-from instrdiv.population import (
-    RulePools,
-    Tables,
-    make_groups,
-    make_mesh,
-    over_members,
-    stack_group,
-    training_example,
-)
-from instrdiv.presets import PAPER
-from instrdiv.probing import peak_device_bytes, program_bytes
-from instrdiv.rewriting.alphabet import PAD
-from instrdiv.rewriting.rules import RuleTable
-from instrdiv.settings import Member, Setting
-from instrdiv.sweep import Options
-from instrdiv.training import Trainer, chunk_program, chunk_shapes
+from instrdiv.config.groups import make_groups
+from instrdiv.config.layout import Options
+from instrdiv.config.pools import RulePools
+from instrdiv.config.presets import PAPER, Setting
+from instrdiv.config.settings import Member
+from instrdiv.evaluation.exact_match import Evaluator, piece_size
+from instrdiv.evaluation.test_sets import make_test_set
+from instrdiv.runs.planning import REACHED_FLOPS, flops_per_example
+from instrdiv.runtime.memory import peak_device_bytes, program_bytes
+from instrdiv.runtime.mesh import make_mesh, over_members
+from instrdiv.tasks.strings.rules import RuleTable
+from instrdiv.tasks.tokens import PAD
+from instrdiv.training.members import Trainer, chunk_program, chunk_shapes
+from instrdiv.training.population import Tables, stack_group, training_example
 from tools.measuring import Contender, Ready
 
 #: Tests that a sample of the evaluation's rate repeats: pieces of the compiled program, as a run's final tests are.
@@ -52,7 +48,7 @@ class World:
       pools: the rules of them all.
       seconds: how long a sample is to take, about.
       tokens: of an example, the end included and padding not, on average.
-      flops: of training on one example, as ``instrdiv.planning`` counts them.
+      flops: of training on one example, as ``instrdiv.runs.planning`` counts them.
     """
 
     def __init__(self, setting: Setting, members: int, seconds: float):
@@ -77,7 +73,7 @@ class World:
         tables, data = jax.tree.map(jnp.asarray, stack_group(group, self.pools, 1))
         data = jax.tree.map(lambda leaf: leaf[0], data)
         index = jnp.arange(count, dtype=jnp.int32) % self.setting.examples
-        batch = jax.jit(jax.vmap(lambda i: training_example(group.shape, tables, data, i)))(index)
+        batch = jax.jit(jax.vmap(lambda i: training_example(group, tables, data, i)))(index)
         return np.asarray(batch.tokens), np.asarray(batch.loss_mask)
 
     def trainer(
@@ -146,7 +142,7 @@ def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int)
 
         def sample(tables: Tables, data: Any, indices_KxB: jax.Array) -> jax.Array:
             def body(total, indices_B):
-                batch = jax.vmap(lambda index: training_example(group.shape, tables, data, index))(indices_B)
+                batch = jax.vmap(lambda index: training_example(group, tables, data, index))(indices_B)
                 return total + batch.tokens.sum() + batch.loss_mask.sum(), None  # of all that a step needs
 
             return jax.lax.scan(body, jnp.int32(0), indices_KxB)[0]

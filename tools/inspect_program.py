@@ -24,25 +24,30 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.launcher import (
-    FLAGS,
+from instrdiv.config.groups import Group, make_groups
+from instrdiv.config.layout import ATTENTION
+from instrdiv.config.pools import RulePools
+from instrdiv.config.presets import BASES, Setting
+from instrdiv.config.settings import Member
+from instrdiv.launch.flags import (
     NameParser,
     NumberParser,
+    define,
+    define_enum,
     define_preset_flag,
     define_setting_flags,
     setting_flags,
     start,
-    use_cpu_cores,
 )
-from instrdiv.model import ATTENTION
-from instrdiv.planning import flops_per_example, in_bytes
-from instrdiv.population import Group, RulePools, make_groups, make_mesh
-from instrdiv.presets import BASES
-from instrdiv.probing import program_bytes
-from instrdiv.settings import BadInput, Member, Setting
-from instrdiv.training import chunk_program, chunk_shapes
+from instrdiv.runs.planning import flops_per_example
+from instrdiv.runtime.devices import use_cpu_cores
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.memory import program_bytes
+from instrdiv.runtime.mesh import make_mesh
+from instrdiv.runtime.units import in_bytes
+from instrdiv.training.members import chunk_program, chunk_shapes
 from tools.hlo import Kernel, Program
 
 #: A compiler that has no GPU to try kernels on: Triton's products fail at some of our shapes with what it then guesses.
@@ -84,7 +89,7 @@ def inspect(
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compiles the chunk of a group and reads the result; ``available``, ``options``: from ``devices_of``."""
-    mesh = make_mesh(devices, data_parallel, available)
+    mesh = make_mesh(devices, data_parallel, available=available)
     shapes = chunk_shapes(group, RulePools(group.members), mesh, members_per_vmap)
     clock = [time.monotonic()]
     traced = chunk_program(group, mesh, members_per_vmap).trace(*shapes)
@@ -217,38 +222,41 @@ def group_of(setting: Setting, members: int, attention: str = "plain") -> Group:
     return group
 
 
-def main() -> None:
-    setting = dataclasses.replace(BASES[FLAGS.preset], **setting_flags())
-    group = group_of(setting, FLAGS.members, FLAGS.attention)
-    if FLAGS.attention == "cudnn" and not (FLAGS.target.startswith("cuda") and setting.precision == "bfloat16"):
+def main(values: FlagValues) -> None:
+    setting = dataclasses.replace(BASES[values.preset], **setting_flags(values, Setting))
+    group = group_of(setting, values.members, values.attention)
+    if values.attention == "cudnn" and not (values.target.startswith("cuda") and setting.precision == "bfloat16"):
         raise BadInput("--attention=cudnn: needs --target=cuda:FILE and --config.precision=bfloat16")
-    if FLAGS.devices % FLAGS.data_parallel or setting.batch_size % FLAGS.data_parallel:
+    if values.devices % values.data_parallel or setting.batch_size % values.data_parallel:
         raise BadInput(
-            f"--data_parallel={FLAGS.data_parallel}: must divide --devices={FLAGS.devices} "
+            f"--data_parallel={values.data_parallel}: must divide --devices={values.devices} "
             f"and --config.batch_size={setting.batch_size}"
         )
-    available, options = devices_of(FLAGS.target, FLAGS.devices)
-    if len(available) < FLAGS.devices:
-        raise BadInput(f"--devices={FLAGS.devices}: --target={FLAGS.target} has {len(available)}")
-    found = inspect(group, FLAGS.members_per_vmap, FLAGS.devices, FLAGS.data_parallel, available, options)
+    available, options = devices_of(values.target, values.devices)
+    if len(available) < values.devices:
+        raise BadInput(f"--devices={values.devices}: --target={values.target} has {len(available)}")
+    found = inspect(group, values.members_per_vmap, values.devices, values.data_parallel, available, options)
     names = ("preset", "members", "devices", "data_parallel", "members_per_vmap", "attention", "target")
-    asked = {name: FLAGS[name].value for name in names}
+    asked = {name: values[name].value for name in names}
     found = {**asked, "device": available[0].device_kind, "jax": jax.__version__, "compiler_options": options,
              "setting": setting.as_row(), **found}  # fmt: skip
     print(as_text(found))
-    if FLAGS.out:
-        Path(FLAGS.out).write_text(json.dumps(found, indent=1) + "\n")
+    if values.out:
+        Path(values.out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def define_flags(values: FlagValues) -> None:
+    define_preset_flag(values, BASES)
+    define_setting_flags(values, Setting)
+    whole = NumberParser(int, low=1)
+    define(values, whole, "members", "seeds of the setting: the members of the group", 8)
+    define(values, NumberParser(int, low=1, high=256), "devices", "devices to compile for", 1)
+    define(values, whole, "data_parallel", "devices that share one member's batch", 1)
+    define(values, whole, "members_per_vmap", "members that are vectorised together", 1)
+    define_enum(values, "attention", ATTENTION, "how attention is computed", "plain")
+    define(values, NameParser(), "target", "machine: here, cuda:FILE or tpu:TOPOLOGY", "here")
+    define(values, NameParser(), "out", "where to write everything as JSON (default: nowhere)")
 
 
 if __name__ == "__main__":
-    define_preset_flag(BASES)
-    define_setting_flags()
-    whole = NumberParser(int, low=1)
-    flags.DEFINE(whole, "members", 8, "seeds of the setting: the members of the group")
-    flags.DEFINE(NumberParser(int, low=1, high=256), "devices", 1, "devices to compile for")
-    flags.DEFINE(whole, "data_parallel", 1, "devices that share one member's batch")
-    flags.DEFINE(whole, "members_per_vmap", 1, "members that are vectorised together")
-    flags.DEFINE_enum("attention", "plain", ATTENTION, "how attention is computed")
-    flags.DEFINE(NameParser(), "target", "here", "machine: here, cuda:FILE or tpu:TOPOLOGY")
-    flags.DEFINE(NameParser(), "out", None, "where to write everything as JSON (default: nowhere)")
-    start(main)
+    start(main, define_flags, __doc__)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.launcher import usable_cores
-from instrdiv.population import make_mesh
-from instrdiv.results import provenance
+from instrdiv.runtime.devices import usable_cores
+from instrdiv.runtime.mesh import make_mesh
+from instrdiv.runtime.provenance import provenance
 
 #: Seconds that each ceiling is measured for, and how often; the best counts.
 _SECONDS, _TRIES = 0.3, 3

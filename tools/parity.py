@@ -23,15 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from absl.flags import FlagValues
 
-from instrdiv.finetuning import lora
-from instrdiv.finetuning.config import ModelConfig
-from instrdiv.finetuning.decoding import decode_greedily, left_padded
-from instrdiv.finetuning.llama import Rows, empty_cache, hidden, logits
-from instrdiv.finetuning.weights import read_weights, write_weights
-from instrdiv.launcher import FLAGS, ListParser, NameParser, start
-from instrdiv.results import Row, write_json, write_table
-from instrdiv.settings import BadInput
+from instrdiv.launch.flags import ListParser, NameParser, define, start
+from instrdiv.models import lora
+from instrdiv.models.generation import decode_greedily, left_padded
+from instrdiv.models.llama import Adapters, Model, Rows, empty_cache, hidden, logits
+from instrdiv.models.llama_config import ModelConfig
+from instrdiv.models.weights import read_weights, write_weights
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.files import write_json
+from instrdiv.runtime.tables import Row, write_table
 from tools import machine
 
 #: Sizes that all families share. Rows are longer than the windows, and than the positions that Llama 3's rope keeps.
@@ -152,7 +154,8 @@ class Pair:
         """float32 [B, T, V], of ``weights`` or of ours."""
         attended = np.ones(tokens.shape, bool) if attended is None else attended
         weights = self.weights if weights is None else weights
-        return np.asarray(_logits(self.config, weights, _rows(tokens, attended), adapters, scale, precision)[0])
+        added = None if adapters is None else Adapters(adapters, scale)
+        return np.asarray(_logits(Model(self.config, weights), _rows(tokens, attended), added, precision)[0])
 
     def our_cached_logits(self, tokens: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
         """float32 [B, T, V], read piece by piece, with a cache that has room to spare."""
@@ -160,7 +163,7 @@ class Pair:
         cache, parts, start = empty_cache(self.config, len(tokens), tokens.shape[1] + 3, jnp.float32), [], 0
         for size in pieces:
             piece = Rows(*(array[:, start : start + size] for array in rows))
-            part, cache = _logits(self.config, self.weights, piece, None, None, "float32", cache)
+            part, cache = _logits(Model(self.config, self.weights), piece, None, "float32", cache)
             parts.append(np.asarray(part))
             start += size
         return np.concatenate(parts, axis=1)
@@ -181,9 +184,8 @@ class Pair:
 
     def our_tokens(self, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any) -> np.ndarray:
         """Greedy tokens [B, new_tokens]; 0 after an end token."""
-        return np.asarray(
-            decode_greedily(self.config, self.weights, left_padded(prompts), new_tokens=new_tokens, **options)[0]
-        )
+        model = Model(self.config, self.weights)
+        return np.asarray(decode_greedily(model, left_padded(prompts), new_tokens=new_tokens, **options)[0])
 
     def adapted_by_peft(self, folder: Path) -> tuple[Any, lora.Lora, lora.Adapter]:
         """An adapter that PEFT made and wrote to ``folder``: its model, and what we read."""
@@ -231,10 +233,10 @@ class Pair:
         return type(self.theirs).from_pretrained(path, dtype=torch.float32).eval()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "precision"))
-def _logits(config, weights, rows, adapters, scale, precision, cache=None):
-    x, cache = hidden(config, weights, rows, adapters, scale, cache, precision=jnp.dtype(precision))
-    return logits(config, weights, x, adapters, scale), cache
+@functools.partial(jax.jit, static_argnames="precision")
+def _logits(model, rows, adapters, precision, cache=None):
+    x, cache = hidden(model, rows, adapters, cache, precision=jnp.dtype(precision))
+    return logits(model, x, adapters), cache
 
 
 def _positions(attended: np.ndarray) -> np.ndarray:
@@ -315,7 +317,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def main() -> None:
+def main(values: FlagValues) -> None:
     try:
         import peft  # noqa: F401
         import torch  # noqa: F401
@@ -324,10 +326,10 @@ def main() -> None:
         raise BadInput(f"{error.name} is missing: pip install -e '.[finetune,transformers]'") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    out = Path(FLAGS.out)
+    out = Path(values.out)
     out.mkdir(parents=True, exist_ok=True)
     described, rows = machine.describe(), []
-    for family in FLAGS.families:
+    for family in values.families:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(family, Path(folder)))
     write_table(out / "parity.csv", rows, COLUMNS)
@@ -335,8 +337,11 @@ def main() -> None:
     print(as_markdown(rows))
 
 
-if __name__ == "__main__":
+def define_flags(values: FlagValues) -> None:
     names = ListParser(flags.EnumParser(list(FAMILIES)))
-    flags.DEFINE(names, "families", tuple(FAMILIES), f"which, of {', '.join(FAMILIES)}")
-    flags.DEFINE(NameParser(), "out", "results/finetuning", "where parity.csv and parity.json go")
-    start(main)
+    define(values, names, "families", f"which, of {', '.join(FAMILIES)}", tuple(FAMILIES))
+    define(values, NameParser(), "out", "where parity.csv and parity.json go", "results/finetuning")
+
+
+if __name__ == "__main__":
+    start(main, define_flags, __doc__)

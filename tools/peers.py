@@ -28,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instrdiv.launcher import usable_cores
-from instrdiv.population import INIT_STREAM, make_groups, stream_key
-from instrdiv.rewriting.alphabet import END, FIRST_LETTER, PAD, SEPARATOR
-from instrdiv.rewriting.examples import TaskShape
-from instrdiv.rewriting.rules import RuleTable
-from instrdiv.training import make_decoder
+from instrdiv.config.groups import make_groups
+from instrdiv.models.decoder import make_decoder
+from instrdiv.runtime.devices import usable_cores
+from instrdiv.runtime.streams import INIT_STREAM, stream_key
+from instrdiv.tasks.strings.examples import TaskShape
+from instrdiv.tasks.strings.rules import RuleTable
+from instrdiv.tasks.tokens import END, FIRST_TOKEN, PAD, SEPARATOR
 from tools.contenders import World
 from tools.measuring import Contender, NotRun, Ready
 
@@ -151,7 +152,7 @@ def flax_loop(world: World, batch_size: int) -> Contender:
     def set_up() -> Ready:
         (group,) = make_groups(world.members[:1])
         decoder, shape = make_decoder(group), group.shape
-        loader = host_batches(shape, world.rules, batch_size)
+        loader = host_batches(shape, world.rules, batch_size)  # type: ignore[arg-type]
         optimizer = optax.adamw(1e-3, weight_decay=0.0)
         padding_B = jnp.zeros(batch_size, jnp.int32)
 
@@ -215,7 +216,7 @@ def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterato
             np.take_along_axis(inputs, kept, axis=1),
         )
         parts = [patterns, replacements, inputs, answers]
-        letters = [part.astype(np.int32) + FIRST_LETTER for part in parts]
+        letters = [part.astype(np.int32) + FIRST_TOKEN for part in parts]
         end = np.full((batch_size, 1), END)
         rows = [column for part in letters[:3] for column in (part, separator)] + [letters[3], end]
         padding = np.full((batch_size, shape.answer - len(place)), PAD)

@@ -9,9 +9,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from instrdiv.planning import in_bytes
-from instrdiv.plots import BAND, SEEN, UNSEEN, new_figure
-from instrdiv.results import Row, write_json, write_table
+from instrdiv.analysis.plots import BAND, SEEN, UNSEEN, new_figure
+from instrdiv.runtime.files import write_json
+from instrdiv.runtime.tables import Row, write_table
+from instrdiv.runtime.units import in_bytes
 from tools.measuring import Outcome
 
 #: Columns of benchmark.csv: a row a contender. A rate is the median over rounds; ``low`` and ``high`` the extremes.

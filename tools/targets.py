@@ -6,9 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from instrdiv.planning import duration, in_bytes
-from instrdiv.presets import LAPTOP, PAPER
-from instrdiv.settings import Setting
+from instrdiv.config.presets import LAPTOP, PAPER, Setting
+from instrdiv.runtime.units import duration, in_bytes
 from tools.measuring import Outcome, ratio
 from tools.record import Record
 

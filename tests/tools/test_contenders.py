@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from instrdiv.population import RulePools, make_groups, make_mesh
-from instrdiv.rewriting.alphabet import PAD
-from instrdiv.training import Trainer
+from instrdiv.config.groups import make_groups
+from instrdiv.config.pools import RulePools
+from instrdiv.runtime.mesh import make_mesh
+from instrdiv.tasks.tokens import PAD
+from instrdiv.training.members import Trainer
 from tests.worlds import tiny
 from tools import contenders
 from tools.contenders import World

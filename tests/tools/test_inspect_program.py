@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from instrdiv.settings import BadInput
+from instrdiv.runtime.errors import BadInput
 from tests.worlds import tiny
 from tools.inspect_program import as_text, devices_of, group_of, inspect
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from instrdiv.results import read_table
+from instrdiv.runtime.tables import read_table
 from tools.parity import COLUMNS, FAMILIES, NEW_TOKENS, Pair, as_markdown, measure, random_prompts, random_rows
 
 COMMITTED = Path(__file__).parents[2] / "results" / "finetuning" / "parity.csv"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import instrdiv
-from instrdiv.population import make_groups
-from instrdiv.rewriting.alphabet import Alphabet
-from instrdiv.training import abstract_member
+from instrdiv.config.groups import make_groups
+from instrdiv.tasks.strings.alphabet import Alphabet
+from instrdiv.training.members import abstract_member
 from tests.worlds import tiny
 from tools import peers
 from tools.contenders import World

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from instrdiv.presets import LAPTOP, PAPER
+from instrdiv.config.presets import LAPTOP, PAPER
 from tools import targets
 from tools.measuring import Contender, Outcome, Sample
 from tools.record import COLUMNS, Record

@@ -1,0 +1,238 @@
+"""Settings: what one member is trained on and how, as data.
+
+A setting is one flat, frozen dataclass: the fields of its task, and those that all tasks share, by subject. A mark on
+each field says what it costs to vary (``runtime/fields.py``): another table, another traced scalar, or, where it is
+static, another compiled program: members that differ in a static field form *groups*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from instrdiv.config.schedule import ScheduleFields
+from instrdiv.runtime.fields import (
+    STATIC,
+    TABLE,
+    TRACED,
+    at_least,
+    check_fields,
+    convert_fields,
+    field,
+    from_zero_to_one,
+    positive,
+    refuse,
+    size,
+)
+from instrdiv.tasks import counts
+from instrdiv.tasks.task import TASKS, Task
+
+S = TypeVar("S", bound="TaskSetting")
+
+#: The task of a run whose config.json names none.
+DEFAULT_TASK = "rewriting"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFields:
+    """How many instructions and examples."""
+
+    instructions: int = field(1000, "number of different rules I that are trained", kind=TABLE, bound=at_least(1))
+    tail_shape: float = field(
+        math.inf, "power-law shape of the shares of the rules; inf: uniform", kind=TABLE, bound=positive, infinite=True
+    )
+    tail_reading: str = field("weights", "how the shape is read, see rule_counts", counts.TAIL_READINGS, kind=TABLE)
+    examples: int = field(1_000_000, "size N = I * S of the fixed training set", kind=STATIC, bound=size)
+    epochs: float = field(
+        50.0, "passes over the training set; the schedule ends with them", kind=STATIC, bound=positive
+    )
+    batch_size: int = field(512, "examples a step", kind=STATIC, bound=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """The decoder."""
+
+    layers: int = field(6, "depth", kind=STATIC, bound=at_least(1))
+    width: int = field(256, "width of the residual stream", kind=STATIC, bound=at_least(1))
+    heads: int = field(4, "attention heads a layer", kind=STATIC, bound=at_least(1))
+    mlp_ratio: int = field(4, "hidden width of the MLP over the width", kind=STATIC, bound=at_least(1))
+    positions: str = field("learned", "position information", ("learned", "rotary", "none"), kind=STATIC)
+    activation: str = field("gelu", "MLP activation", ("gelu", "relu"), kind=STATIC)
+    norm: str = field("layernorm", "normalization", ("layernorm", "rmsnorm"), kind=STATIC)
+    biases: bool = field(True, "biases in the linear layers and norms", kind=STATIC)
+    tied_head: bool = field(True, "output head shares the embedding's weights", kind=STATIC)
+    init: str = field("gpt2", "initial weights: N(0, 0.02), or N(0, 1/fan_in)", ("gpt2", "fan_in"), kind=STATIC)
+    dropout: float = field(0.0, "dropout rate", kind=STATIC, bound=from_zero_to_one)
+    precision: str = field("float32", "compute precision; parameters are float32", ("float32", "bfloat16"), kind=STATIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFields(ScheduleFields):
+    """The optimizer."""
+
+    optimizer: str = field("adamw", "optimizer", ("adamw", "muon"), kind=STATIC)
+    learning_rate: float = field(
+        1e-3, "peak learning rate (of Muon's matrices where the optimizer is muon)", kind=TRACED, bound=at_least(0)
+    )
+    adam_learning_rate: float = field(
+        2e-3, "muon only: peak rate of the parameters that Adam updates", kind=TRACED, bound=at_least(0)
+    )
+    weight_decay: float = field(
+        0.1, "decoupled weight decay of the matrices, times the learning rate", kind=TRACED, bound=at_least(0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSetting(DataFields, ModelFields, TrainingFields, Task):
+    """Everything about a member except its seed; of a task, where a subclass adds one (``setting_of``).
+
+    Values are brought to the type of their field (numpy numbers, lists); BadInput where that cannot be. Whether they
+    make sense together is checked by ``validate``. By itself it says how large a model is and how long it trains.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            _SETTINGS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        convert_fields(self)
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps between two reports."""
+        return math.ceil(self._needed_steps / self.reports)
+
+    @property
+    def chunks(self) -> int:
+        """Reports of the run; fewer than ``reports`` where the budget divides better."""
+        return math.ceil(self._needed_steps / self.chunk_steps)
+
+    @property
+    def steps(self) -> int:
+        """Training steps: the budget ``epochs * examples / batch_size``, rounded up to whole chunks."""
+        return self.chunks * self.chunk_steps
+
+    @property
+    def _needed_steps(self) -> int:
+        return math.ceil(self.epochs * self.examples / self.batch_size)
+
+    @functools.cached_property
+    def static(self: S) -> S:
+        """The setting with its static fields alone, all others at their defaults: equal for the members of a group."""
+        others: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.metadata["kind"] != STATIC}
+        return dataclasses.replace(self, **others)
+
+    def with_task(self, task: Task, **changes: Any) -> Any:
+        """The setting of a task with this size of model and training; a new value for any field in ``changes``."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskSetting)}
+        own = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+        return setting_of(type(task))(**shared | own | changes)
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Columns of a setting in every table, the settings of the figures first."""
+        first = [*cls.first_columns, "width", "layers"]
+        return (*first, *sorted(f.name for f in dataclasses.fields(cls) if f.name not in first))
+
+    @classmethod
+    def default_row(cls) -> dict[str, Any]:
+        """Values of these columns where nothing was chosen."""
+        return _default_row(cls)  # type: ignore[arg-type]
+
+    def as_row(self) -> dict[str, Any]:
+        """Flat values for tables; defaults that point elsewhere filled in, and lists joined by '+'."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | self.filled_in()
+        row = {name: "+".join(map(str, v)) if isinstance(v, tuple) else v for name, v in row.items()}
+        return {name: row[name] for name in self.columns()}
+
+    @classmethod
+    def from_row(cls: type[S], row: Mapping[str, Any]) -> S:
+        """The setting whose ``as_row`` this is, as read back from JSON; a field that is missing has its default."""
+        values: dict[str, Any] = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
+        for f in dataclasses.fields(cls):
+            if isinstance(f.default, tuple) and f.name in values:
+                values[f.name] = tuple(int(part) for part in str(values[f.name]).split("+"))
+        return cls(**values)
+
+    def validate(self) -> None:
+        """Raises BadInput, naming the flag, for a setting that cannot be trained. Cheap: builds no table."""
+        check_fields(self)
+        if self.epochs * self.examples / self.batch_size >= 2**31:
+            refuse("epochs", self.epochs, "a run has fewer than 2^31 steps")
+        self.check_task()
+        if self.instructions > self.examples:
+            refuse("instructions", self.instructions, f"must not exceed --config.examples={self.examples}")
+        if self.width % self.heads:
+            refuse("heads", self.heads, f"must divide --config.width={self.width}")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            refuse("heads", self.heads, f"rotary positions need an even head size, got {self.width // self.heads}")
+        if self.warmup_steps > self.steps:
+            refuse("warmup_steps", self.warmup_steps, f"must not exceed the {self.steps} steps of the run")
+
+
+_SETTINGS: dict[str, type[TaskSetting]] = {}
+
+
+@functools.cache
+def _default_row(settings: Any) -> dict[str, Any]:
+    return settings().as_row()
+
+
+def setting_of(task: type[Task] | str) -> type[TaskSetting]:
+    """The settings of a task: its own fields and those that all share. Raises KeyError for an unknown name."""
+    task = TASKS[task] if isinstance(task, str) else task
+    if task.name not in _SETTINGS or not issubclass(_SETTINGS[task.name], task):
+        made = type(f"{task.__name__}Setting", (task, TaskSetting), {"__module__": task.__module__})
+        _SETTINGS[task.name] = dataclasses.dataclass(frozen=True)(made)
+    return _SETTINGS[task.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A setting, a seed, and the model they make.
+
+    The seed decides the rule pool, the inputs and the initial weights; the order of the examples is the sweep's.
+    """
+
+    setting: Any
+    seed: int
+
+    STREAMS: ClassVar[tuple[int, int]] = (0x7365656E, 0x7368617265)  # of ``seen_rules``: even, by share
+
+    @property
+    def id(self) -> str:
+        """Stable name: a hash of the seed and of what in the setting is not the default.
+
+        So a field added later, with the old behavior as its default, changes no name.
+        """
+        row, default = self.setting.as_row(), self.setting.default_row()
+        text = json.dumps({k: v for k, v in row.items() if v != default[k]} | {"seed": self.seed}, sort_keys=True)
+        return "m" + hashlib.sha256(text.encode()).hexdigest()[:9]
+
+    def rule_counts(self) -> np.ndarray:
+        """How many of the N training examples use each of its rules: int32 [I]; see ``counts.rule_counts``."""
+        s = self.setting
+        return counts.rule_counts(s.instructions, s.examples, s.tail_shape, s.tail_reading, self.seed)
+
+    def seen_rules(self, tests: int, by_share: bool = False) -> np.ndarray:
+        """Trained rules to test on, as places in the pool int32 [tests].
+
+        Each rule that has an example equally often; or each with the share of the examples that it has.
+        """
+        rule_counts, stream = self.rule_counts(), np.array([self.seed, self.STREAMS[by_share]], np.uint64)
+        if by_share:
+            words = np.random.Philox(key=stream).random_raw(tests)
+            examples = (words % np.uint64(self.setting.examples)).astype(np.int64)
+            return np.searchsorted(np.cumsum(rule_counts), examples, side="right").astype(np.int32)
+        trained = np.flatnonzero(rule_counts)
+        words = np.random.Philox(key=stream).random_raw(len(trained))
+        return np.resize(trained[np.argsort(words, kind="stable")], tests).astype(np.int32)

@@ -1,0 +1,134 @@
+"""Embeddings of texts. Whatever number comes of one depends on the embedder, so embedders say what they are.
+
+An embedder is named by a string: ``hashed``, ``sentence-transformers:DIRECTORY`` (a local model; nothing is fetched),
+or ``MODULE:FUNCTION``, a function of one's own from a list of N texts to an array [N, d].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse
+
+from instrdiv.data.ngrams import Words, normalise
+from instrdiv.runtime.errors import BadInput, needs
+
+#: N embeddings of d numbers each, all of length 1: a dense or a sparse float64 [N, d].
+Embeddings: TypeAlias = "np.ndarray | scipy.sparse.csr_matrix"
+
+#: Dimensions of the hashed embedder: half for words, half for letters. So many that collisions hardly matter.
+HASHED = 1 << 20
+
+_TEXTS = 1_000  # hashed at a time; bounds the memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """How texts become vectors.
+
+    Attributes:
+      name: what it is, with its parameters, for people.
+      same: the cosine from which on two texts count as the same instruction, unless another is asked for. A
+        convention: similar texts have cosines of 0.5 under one embedder and 0.9 under another.
+      embed: N texts -> array or sparse matrix [N, d].
+    """
+
+    name: str
+    same: float
+    embed: Callable[[Sequence[str]], Embeddings]
+
+    @classmethod
+    def parse(cls, text: str) -> Embedder:
+        """The embedder that a flag names. Raises BadInput where there is none."""
+        flag = f"--embedder={text}"
+        if text == "hashed":
+            return cls("hashed n-grams (words, pairs of words, triples of letters)", 0.5, hashed)
+        kind, _, rest = text.partition(":")
+        if kind == "sentence-transformers":
+            return _sentence_transformers(flag, rest)
+        if not kind or not rest:
+            raise BadInput(f"{flag}: must be hashed, sentence-transformers:DIRECTORY or MODULE:FUNCTION")
+        try:
+            function = getattr(importlib.import_module(kind), rest)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{flag}: cannot be imported: {error}") from None
+        return cls(text, 0.7, function)
+
+    def __call__(self, texts: Sequence[str]) -> Embeddings:
+        """The embeddings of the texts. Raises BadInput where the embedder gives something else."""
+        found: Any = self.embed(texts)
+        if not scipy.sparse.issparse(found):
+            found = np.asarray(found)
+        if found.ndim != 2 or len(texts) != found.shape[0] or found.dtype.kind != "f":
+            gave = f"{found.dtype} {list(found.shape)}"
+            raise BadInput(f"--embedder: {self.name} must give floats [{len(texts)}, d], gave {gave}")
+        found = found.astype(np.float64)
+        squares = found.multiply(found) if scipy.sparse.issparse(found) else found**2
+        lengths = np.sqrt(np.asarray(squares.sum(1))).ravel()
+        wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+        if len(wrong):
+            what = "no" if lengths[wrong[0]] == 0 else "an infinite"
+            raise BadInput(f"--embedder: {self.name} gives {what} direction to the text {texts[wrong[0]][:60]!r}")
+        if scipy.sparse.issparse(found):
+            return (scipy.sparse.diags(1 / lengths) @ found).tocsr()
+        return found / lengths[:, None]
+
+
+def hashed(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
+    """Words, pairs of words and triples of letters as directions: sparse float64 [N, HASHED], the same everywhere.
+
+    Each n-gram of a normalised text has a column by its hash, and the square root of its count there, so that what is
+    repeated does not drown the rest. Words and pairs make up one half of the length, letters the other. Nothing is
+    fitted to the texts: numbers of one report can be compared with those of another, and boilerplate counts in full.
+    """
+    blocks = []
+    for start in range(0, len(texts), _TEXTS):
+        some = [normalise(text) for text in texts[start : start + _TEXTS]]
+        words = Words.of(some)
+        singles, pairs = words.ngrams(1), words.ngrams(2)
+        grams, places = (np.concatenate(both) for both in zip(singles, pairs, strict=True))
+        letters, of_text = _letter_triples(some)
+        halves = (_counts(words.text_at(places), grams, len(some)), _counts(of_text, letters, len(some)))
+        blocks.append(scipy.sparse.hstack(halves, "csr"))
+    return scipy.sparse.vstack(blocks, "csr") if blocks else scipy.sparse.csr_matrix((0, HASHED))
+
+
+def _letter_triples(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of three letters in a row, blanks around a text included: uint64 [G]; and which text they are of."""
+    padded = [f" {text} " for text in texts]
+    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    of_text = np.repeat(np.arange(len(texts)), [len(text) for text in padded])
+    triples = (codes[:-2] << np.uint64(42)) | (codes[1:-1] << np.uint64(21)) | codes[2:]
+    inside = np.flatnonzero(of_text[:-2] == of_text[2:])
+    return (triples[inside] * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32), of_text[inside]
+
+
+def _counts(of_text: np.ndarray, grams: np.ndarray, texts: int) -> scipy.sparse.csr_matrix:
+    """Square roots of the counts of each text's n-grams, over their length: sparse float64 [texts, HASHED / 2]."""
+    columns = (grams % np.uint64(HASHED // 2)).astype(np.int64)
+    counts = scipy.sparse.csr_matrix((np.ones(len(grams)), (of_text, columns)), (texts, HASHED // 2))
+    total = np.maximum(np.bincount(of_text, minlength=texts), 1)  # the squared length of the square roots
+    return (scipy.sparse.diags(1 / np.sqrt(total)) @ counts.sqrt()).tocsr()
+
+
+def _sentence_transformers(flag: str, directory: str) -> Embedder:
+    if not directory or not Path(directory).is_dir():
+        raise BadInput(f"{flag}: {directory or 'an empty name'} is not a directory; download a model, and name its own")
+    with needs("sentence-transformers", "embed", flag):
+        from sentence_transformers import SentenceTransformer
+    try:  # weights as safetensors alone: reading pickled ones can run code
+        model = SentenceTransformer(directory, local_files_only=True, model_kwargs={"use_safetensors": True})
+    except Exception as error:  # which one depends on what is missing, and on two libraries
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{flag}: cannot be loaded: {said}") from None
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
+
+    name = f"sentence-transformers {Path(directory).resolve().name}, of a text the first {model.max_seq_length} tokens"
+    return Embedder(name, 0.7, embed)

@@ -1,0 +1,142 @@
+"""Greedy decoding with a cache of keys and values, for all members of a group in one compiled program.
+
+The prompt is read once; then one token a step, each the most likely one after all before it. Nothing of the right
+answer is read, so a wrong answer can be looked at: see ``Task.classify``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from instrdiv.config.groups import Group
+from instrdiv.evaluation.test_sets import stack_rules
+from instrdiv.models.decoder import decode_greedily, make_decoder
+from instrdiv.runtime.mesh import over_members, padded_size, put
+from instrdiv.tasks.task import Shape
+from instrdiv.tasks.tokens import blank_instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tests of some members of a group, and what their prompts show.
+
+    Attributes:
+      knobs: how each member's inputs are made, numpy, stacked along M.
+      keys: typed PRNG keys [M]; the input of test i of a member is made of ``Task.test_key(key, i)``.
+      rules: a table per member; one test per rule. Tables may differ in length.
+      shown: the rules that the prompts show, of the same lengths; ``rules`` except in an ablation. Right answers are
+        always those of ``rules``.
+      blanked: the rule is padding in the prompt.
+    """
+
+    knobs: Any
+    keys: jax.Array
+    rules: Sequence[Any]
+    shown: Sequence[Any]
+    blanked: bool = False
+
+    def __len__(self) -> int:
+        """Tests of the member that has most."""
+        return max(map(len, self.rules))
+
+
+@struct.dataclass
+class Answers:
+    """Answered tests [M, B], as numpy arrays.
+
+    Attributes:
+      rules, input: the rule of each test and its input, trees as the task has them.
+      tokens: the right row, tokens [M, B, T]: prompt, answer, end, padding.
+      asked: the same for the rule that the prompt shows.
+      decoded: the member's answer, tokens [M, B, A + 1]: answer, end, padding.
+      facts: see ``Example``.
+      index: int32, number of the test; -1 where a member has fewer tests than others.
+    """
+
+    rules: Any
+    input: Any
+    tokens: Any
+    asked: Any
+    decoded: Any
+    facts: Any
+    index: Any
+
+    @property
+    def right(self) -> Any:
+        """The right answer, as ``decoded``."""
+        return self.tokens[..., -self.decoded.shape[-1] :]
+
+    @property
+    def differs(self) -> Any:
+        """bool [M, B]: the rule that was shown asks for another answer than the right one."""
+        return (self.right != self.asked[..., -self.decoded.shape[-1] :]).any(-1)
+
+
+class GroupDecoder:
+    """Decodes the answers of members of a group, on tests of any shape that the model can read."""
+
+    def __init__(self, group: Group, shape: Shape, mesh: Mesh, members_per_vmap: int, piece: int):
+        """``shape`` is that of the tests; ``piece`` the number of tests per call of the compiled program, a multiple
+        of the mesh's data axis."""
+        self.mesh, self.members_per_vmap, self.piece = mesh, members_per_vmap, piece
+        data_parallel, task = mesh.shape["data"], group.task
+        decoder = make_decoder(dataclasses.replace(group, shape=shape))
+        small = jnp.uint8 if shape.vocabulary <= 256 else jnp.int32  # less to bring to the host
+
+        def decode(params, knobs, key, rules, shown, index, blanked):
+            def make(rule, shown, i):
+                input = task.make_input(shape, knobs, rule, task.test_key(key, i))
+                right, asked = (task.spell(shape, each, input) for each in (rule, shown))
+                prompt = asked.tokens[: shape.prompt]
+                prompt = jnp.where(blanked, blank_instruction(prompt), prompt)
+                known = Answers(
+                    rule, input, right.tokens.astype(small), asked.tokens.astype(small), None, right.facts, i
+                )
+                return known, prompt, asked.padding
+
+            known, prompt, padding = jax.vmap(make)(rules, shown, index)
+            decoded = decode_greedily(decoder, params, prompt, padding)
+            answers = known.replace(decoded=decoded.astype(small))
+            return jax.lax.all_gather(answers, "data", tiled=True) if data_parallel > 1 else answers
+
+        member, member_test = P("member"), P("member", "data")
+        in_specs = [member, member, member, member_test, member_test, member_test, P()]
+        self.program = over_members("decode", decode, mesh, members_per_vmap, in_specs)
+
+    def answers(self, params: Any, prompts: Prompts) -> Iterator[Answers]:
+        """The answers, piece by piece; the next piece is decoded while the caller works on this one.
+
+        Args:
+          params: with a leading axis of the members of ``prompts``, on the host, or of these and idle ones, on device.
+        """
+        members = len(prompts.rules)
+        rows = np.array([*range(members), *[0] * (padded_size(members, self.mesh, self.members_per_vmap) - members)])
+        if len(jax.tree.leaves(params)[0]) != len(rows):
+            params = jax.tree.map(lambda leaf: leaf[rows], params)
+        member = (params, jax.tree.map(lambda leaf: leaf[rows], prompts.knobs), prompts.keys[rows])
+        member = put(member, self.mesh, P("member"))
+        waiting = None
+        for start in range(0, len(prompts), self.piece):
+            place = np.arange(start, start + self.piece)
+            rules, shown = (stack_rules(tables, place, rows) for tables in (prompts.rules, prompts.shown))
+            index = np.stack([np.where(place < len(prompts.rules[row]), place, -1) for row in rows]).astype(np.int32)
+            tests = put((rules, shown, index), self.mesh, P("member", "data"))
+            running = self.program(*member, *tests, np.bool_(prompts.blanked))
+            if waiting is not None:
+                yield _on_host(waiting, members)
+            waiting = running
+        if waiting is not None:
+            yield _on_host(waiting, members)
+
+
+def _on_host(answers: Answers, members: int) -> Answers:
+    return jax.tree.map(lambda leaf: leaf[:members], jax.device_get(answers))

@@ -1,0 +1,1 @@
+"""Pages about finished runs, made from the files in their directories alone."""

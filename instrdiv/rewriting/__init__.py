@@ -1,1 +1,0 @@
-"""What a model is asked to do: strings, rules, rewriting, examples."""

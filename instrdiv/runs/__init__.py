@@ -1,0 +1,1 @@
+"""A whole run: planned, trained, tested, saved, resumed, evaluated, exported."""

@@ -1,0 +1,1 @@
+"""What any long job needs; knows no model and no task."""

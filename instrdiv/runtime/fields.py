@@ -1,0 +1,125 @@
+"""Fields of settings: default, help, bounds and kind in one place, from which flags, columns and checks are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from instrdiv.runtime.errors import BadInput
+
+#: Kinds of fields, by what two values of one cost in a sweep. ``TABLE``: other tables on the host, the same program.
+#: ``TRACED``: another scalar on the device, the same program. ``STATIC``: another group, a compiled program of its own.
+TABLE, TRACED, STATIC = "table", "traced", "static"
+
+#: Returns what is wrong with a value, or None.
+Bound = Callable[[Any], str | None]
+
+
+def field(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    kind: str | None = None,
+    bound: Bound | None = None,
+    infinite: bool = False,
+) -> Any:
+    """A field of a setting.
+
+    Args:
+      default: its value where nothing is said.
+      help: one line.
+      choices: its values, where they are few names.
+      kind: ``TABLE``, ``TRACED`` or ``STATIC``; None for settings that do not form groups.
+      bound: what its values must be, such as ``at_least(1)``; asked by its flag, and by ``check_fields``.
+      infinite: infinity is one of its values.
+    """
+    metadata = {"help": help, "choices": choices, "kind": kind, "bound": bound, "infinite": infinite}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def at_least(low: float) -> Bound:
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def between(low: float, high: float) -> Bound:
+    return lambda value: None if low <= value <= high else f"must be in [{low}, {high}]"
+
+
+def from_zero_to_one(value: float) -> str | None:
+    """A share that is not all of it."""
+    return None if 0 <= value < 1 else "must be in [0, 1)"
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else "must be positive"
+
+
+def whole_between(low: int, high: int) -> Bound:
+    return lambda value: None if low <= value <= high else f"must be in {low}..{high}"
+
+
+def number_below(high: int) -> Bound:
+    return lambda value: at_least(0)(value) or (None if value < high else f"must be below {high}")
+
+
+def size(value: int) -> str | None:
+    """A number of things that an int32 can count."""
+    return at_least(1)(value) or (None if value < 2**31 else "must be below 2^31")
+
+
+def refuse(name: str, value: Any, why: str) -> typing.NoReturn:
+    """Raises BadInput for the value of a field, by its flag."""
+    raise BadInput(f"--config.{name}={value}: {why}")
+
+
+def check_fields(settings: Any) -> None:
+    """Raises BadInput, naming the flag, for a value that is none of the choices, not finite, or out of bounds."""
+    for f in dataclasses.fields(settings):
+        value, about = getattr(settings, f.name), f.metadata
+        if value is None:
+            continue
+        if about["choices"] and value not in about["choices"]:
+            refuse(f.name, value, f"must be one of {', '.join(about['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value) and not about["infinite"]:
+            refuse(f.name, value, "must be a finite number")
+        if about["bound"] and (why := about["bound"](value)):
+            refuse(f.name, value, why)
+
+
+def convert_fields(settings: Any) -> None:
+    """Brings the values of a frozen dataclass to the types of their fields. Raises BadInput where that cannot be."""
+    types_of = _types(type(settings))  # type: ignore[arg-type]
+    for f in dataclasses.fields(settings):
+        object.__setattr__(settings, f.name, _as_type(f.name, getattr(settings, f.name), types_of[f.name]))
+
+
+@functools.cache
+def _types(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _as_type(name: str, value: Any, kind: Any) -> Any:
+    """The value as its field's type; numbers of any kind are welcome if they mean the same."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(operator.index(item) for item in value)
+        if kind is int and float(value).is_integer():
+            return int(value)
+        if kind is float:
+            return float(value)
+        if (kind is bool and value in (True, False)) or (kind is str and isinstance(value, str)):
+            return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+    refuse(name, value, f"must be {words.get(kind, 'a list of whole numbers')}")

@@ -1,0 +1,1 @@
+"""What is asked: the seam that every task shows (task.py), and the tasks."""

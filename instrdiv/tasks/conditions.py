@@ -1,0 +1,97 @@
+"""Conditions: how the tests of a suite differ from the training: other settings, other rules, other prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from instrdiv.tasks.instructions import Source, take_tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A member to be tested under one condition.
+
+    Attributes:
+      member: as it was trained.
+      setting: as it is tested.
+      pool: the rules it was given.
+      dev_tests, tests: how many held-out rules were used for tuning, and how many tests are wanted.
+    """
+
+    member: Any
+    setting: Any
+    pool: Any
+    dev_tests: int
+    tests: int
+
+    @functools.cached_property
+    def trained(self) -> Any:
+        """The rules it was trained on: those of its pool that have an example."""
+        return self.pool[np.flatnonzero(self.member.rule_counts())]
+
+    def some_trained(self, count: int) -> Any:
+        """Trained rules, each equally often."""
+        return self.pool[self.member.seen_rules(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """How tests are made.
+
+    Attributes:
+      name: the slices of its rows begin with it.
+      rules: the rules it tests, one test per rule; as many as there are, up to ``tests``.
+      changes: fields of the setting in which the tests differ from the training; besides ``Task.plain_tests``.
+      prompt: what stands for the rule in the prompt: the ``rule`` itself, another test's (``shuffled``), or padding
+        (``blanked``). Where shuffled, only tests count whose two rules give different answers.
+      slices: of ``Task.slices``; the task's headline where none is named.
+    """
+
+    name: str
+    rules: Callable[[Subject], Any]
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str = "rule"
+    slices: tuple[str, ...] = ()
+
+    def setting(self, member: Any) -> Any:
+        """The setting that tests of this member are made with. Raises BadInput where there can be none."""
+        return self.applied_to(member.setting)
+
+    def applied_to(self, setting: Any) -> Any:
+        """The setting with what this condition changes. Raises BadInput where there can be none."""
+        changed = dataclasses.replace(setting, **(dict(setting.plain_tests) | dict(self.changes)))
+        changed.validate()
+        return changed
+
+
+#: The conditions that a member of this setting can be tested under. BadInput where it can be under none.
+Suite = Callable[[Any], list[Condition]]
+
+
+def held_out(subject: Subject) -> Any:
+    """Held-out rules of the tested setting; the run's own ``unseen`` rules where that has the member's source."""
+    source = subject.setting.source
+    skip = subject.dev_tests if source == subject.member.setting.source else 0
+    return _held_out(source, skip, subject.tests)
+
+
+@functools.lru_cache(maxsize=64)
+def _held_out(source: Source, skip: int, tests: int) -> Any:
+    """The held-out rules after the first ``skip``: ``tests`` of them, or as many as there are."""
+    capacity = source.capacity(held_out=True)
+    wanted = tests if capacity is None else min(tests, capacity - skip)
+    return take_tests(source, skip, wanted)[1] if wanted > 0 else source.none()
+
+
+def of_the_prompt(setting: Any) -> list[Condition]:
+    """A suite for any task: held-out rules as they are, blanked in the prompt, and shuffled among the prompts."""
+    return [
+        Condition("held_out", held_out),
+        Condition("rule_blanked", held_out, prompt="blanked"),
+        Condition("rules_shuffled", held_out, prompt="shuffled"),
+    ]

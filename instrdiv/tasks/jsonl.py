@@ -1,0 +1,306 @@
+"""A task read from a file: JSON lines with ``instruction``, ``input`` and ``answer``; data that only a host can make.
+
+Whole instructions are held out, by a hash of their text: none of their rows is ever trained on. Of a trained
+instruction, a share of the rows is kept back, so that ``seen`` has fresh inputs. Nothing is dropped: rows are as long
+as the longest, one token per character.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from instrdiv.runtime.errors import BadInput
+from instrdiv.runtime.fields import STATIC, TABLE, field
+from instrdiv.tasks.conditions import Condition, held_out
+from instrdiv.tasks.instructions import Instructions, TooFew, as_opaque
+from instrdiv.tasks.task import Example, Sizes, Task, register
+from instrdiv.tasks.tokens import FIRST_TOKEN, SPECIAL, answer_tokens, prompt_tokens
+
+FIELDS = ("instruction", "input", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTable(Instructions):
+    """N instructions with their rows, padded to E rows each.
+
+    Attributes:
+      text, text_length: [N, P] tokens counted from 0, and int32 [N].
+      inputs, input_lengths: [N, E, L] and int32 [N, E].
+      answers, answer_lengths: [N, E, A] and int32 [N, E].
+      trained: int32 [N], how many of the rows, the first ones, may be trained on.
+      rows: int32 [N], how many there are.
+      corpus: uint8 [N, 8], digest of the whole file: a run goes on with the very rows that it began with.
+    """
+
+    text: np.ndarray
+    text_length: np.ndarray
+    inputs: np.ndarray
+    input_lengths: np.ndarray
+    answers: np.ndarray
+    answer_lengths: np.ndarray
+    trained: np.ndarray
+    rows: np.ndarray
+    corpus: np.ndarray
+
+    def arrays(self) -> Any:
+        return {name: array for name, array in super().arrays().items() if name != "corpus"}
+
+    def keys(self) -> np.ndarray:
+        """By their texts alone."""
+        return as_opaque(np.concatenate([self.text.view(np.uint8), self.text_length[:, None].view(np.uint8)], axis=1))
+
+
+class Corpus(NamedTuple):
+    """A file that was read.
+
+    Attributes:
+      rows: instruction -> (input, answer) of its rows, in the file's order.
+      characters: one per token, see ``Task.characters``.
+      longest: characters of the longest instruction, input and answer.
+      ragged: prompts differ in length.
+      digest: of all rows.
+    """
+
+    rows: Mapping[str, Sequence[tuple[str, str]]]
+    characters: str
+    longest: tuple[int, int, int]
+    ragged: bool
+    digest: bytes
+
+
+def read_corpus(path: str) -> Corpus:
+    """The corpus in a file; read again where the file has changed. Raises BadInput, naming the line."""
+    if not path:
+        raise BadInput("--config.data: must be given: a file of JSON lines with instruction, input and answer")
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise BadInput(f"--config.data={path}: cannot be read ({error.strerror}); name a file of JSON lines") from None
+    return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, changed: int, size: int) -> Corpus:
+    rows: dict[str, dict[tuple[str, str], None]] = {}
+    try:
+        # Not by splitlines: a text may have a line separator of Unicode's in it.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config.data={path}: cannot be read as text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            instruction, text, answer = (row[name] for name in FIELDS)
+            f"{instruction}{text}{answer}".encode()  # half of a surrogate pair is no text
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"--config.data={path}: line {number} is not an object with {', '.join(FIELDS)} "
+                           f"({type(error).__name__}: {error})") from None  # fmt: skip
+        if not all(isinstance(part, str) for part in (instruction, text, answer)) or not instruction:
+            raise BadInput(
+                f"--config.data={path}: line {number}: {', '.join(FIELDS)} must be texts, the first not empty"
+            )
+        rows.setdefault(instruction, {}).setdefault((text, answer))
+    if len(rows) < 3:
+        raise BadInput(f"--config.data={path}: has {len(rows)} instructions; at least three are needed, two to test on")
+    everything = [(i, x, a) for i, of_instruction in rows.items() for x, a in of_instruction]
+    letters = sorted(set().union(*(set(part) for row in everything for part in row)))
+    # Shown instead of a special character that the texts have themselves: one for private use.
+    private = (c for c in map(chr, range(0xE000, 0xF900)) if c not in letters)
+    special = "".join(c if c not in letters else next(private) for c in SPECIAL)
+    longest = tuple(max(map(len, column)) for column in zip(*everything, strict=True))
+    ragged = len({(len(i), len(x)) for i, x, _ in everything}) > 1
+    digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).digest()
+    return Corpus({i: list(of) for i, of in rows.items()}, special + "".join(letters), longest, ragged, digest)  # type: ignore[arg-type]
+
+
+def _order(texts: Sequence[str], seed: int, what: str) -> list[int]:
+    """Places of the texts in an order that their hashes and the seed decide."""
+    keyed = [hashlib.blake2b(f"{what} {seed} {text}".encode(), digest_size=8).digest() for text in texts]
+    return sorted(range(len(texts)), key=lambda place: keyed[place])
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonSource:
+    """The instructions of a file, those of a seed in an order of its own; see ``task.Source``.
+
+    ``digest`` is the file's: a source that was read before it changed is another one.
+    """
+
+    data: str
+    digest: bytes
+    held_out_share: float
+    test_rows: float
+    split_seed: int
+
+    @property
+    def flag(self) -> str:
+        return f"--config.data={self.data}"
+
+    @property
+    def remedy(self) -> str:
+        return "lower --tests and --dev_tests, or bring more data"
+
+    def _side(self, held_out: bool) -> list[str]:
+        """Of every instruction, by its hash, for ever: at least two are held out, and one is not."""
+        texts = list(read_corpus(self.data).rows)
+        order = _order(texts, self.split_seed, "split")
+        count = min(max(2, round(self.held_out_share * len(texts))), len(texts) - 1)
+        return [texts[place] for place in (order[:count] if held_out else sorted(order[count:]))]
+
+    def capacity(self, held_out: bool) -> int | None:
+        return None if held_out else len(self._side(held_out=False))
+
+    def none(self) -> RowTable:
+        return self._table([])
+
+    def pool(self, seed: int, size: int) -> RowTable:
+        texts = self._side(held_out=False)
+        if size > len(texts):
+            raise TooFew(f"{size} training instructions were asked for, but the file has only {len(texts)}")
+        rows = read_corpus(self.data).rows
+        chosen = [texts[place] for place in _order(texts, seed, "pool")[:size]]
+        most = max(map(len, rows.values()))  # of all, so that the pools of all seeds have one shape
+        return self._table([(text, *self._split(rows[text])) for text in chosen], most)
+
+    def held_out(self, size: int) -> RowTable:
+        return self.tests(0, size)[1]
+
+    def tests(self, dev_tests: int, tests: int) -> tuple[RowTable, RowTable]:
+        """Rows of a third of the held-out instructions, for tuning, and of the others: each row an entry of its own.
+
+        Which instructions those are is the same however many tests are asked for: none to tune on is ever tested.
+        """
+        texts = self._side(held_out=True)
+        first = max(1, len(texts) // 3) if dev_tests else 0
+        return self._rows_of(texts[:first], dev_tests), self._rows_of(texts[first:], tests)
+
+    def _rows_of(self, texts: Sequence[str], count: int) -> RowTable:
+        """So many rows of these instructions, taken in turn."""
+        rows = read_corpus(self.data).rows
+        most = max((len(rows[text]) for text in texts), default=0)
+        turns = [(text, rows[text][turn]) for turn in range(most) for text in texts if turn < len(rows[text])]
+        if len(turns) < count:
+            raise TooFew(f"{count} held-out rows were asked for, but {len(texts)} of the held-out instructions, which "
+                         f"is all for this split, have only {len(turns)}")  # fmt: skip
+        return self._table([(text, [row], 0) for text, row in turns[:count]])
+
+    def _split(self, rows: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
+        """The rows of an instruction, those to train on first, and how many these are; no input is on both sides."""
+        inputs = list(dict.fromkeys(text for text, _ in rows))
+        if len(inputs) < 2:
+            return list(rows), len(rows)
+        kept_back = min(max(1, round(self.test_rows * len(inputs))), len(inputs) - 1)
+        tested = {inputs[place] for place in _order(inputs, self.split_seed, "rows")[:kept_back]}
+        train, test = ([row for row in rows if (row[0] in tested) == side] for side in (False, True))
+        return train + test, len(train)
+
+    def _table(self, entries: Sequence[tuple[str, Sequence[tuple[str, str]], int]], most: int = 1) -> RowTable:
+        """A table of (instruction, rows, how many of them may be trained on), with room for ``most`` rows each."""
+        corpus = read_corpus(self.data)
+        token = {character: i for i, character in enumerate(corpus.characters[FIRST_TOKEN:])}
+        kind = np.uint8 if len(token) <= 256 else np.int32
+
+        def padded(texts: Sequence[Sequence[str]], width: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+            """[N, most, width] and [N, most]."""
+            shape = (len(texts), most)
+            tokens, lengths = np.zeros((*shape, width), kind), np.zeros(shape, np.int32)
+            for i, of_entry in enumerate(texts):
+                for j, text in enumerate(of_entry):
+                    tokens[i, j, : len(text)] = [token[character] for character in text]
+                    lengths[i, j] = len(text)
+            return tokens, lengths
+
+        of_text, of_input, of_answer = corpus.longest
+        text, text_length = padded([[text] for text, _, _ in entries], of_text, 1)
+        inputs, input_lengths = padded([[x for x, _ in rows] for _, rows, _ in entries], of_input, most)
+        answers, answer_lengths = padded([[a for _, a in rows] for _, rows, _ in entries], of_answer, most)
+        trained = np.array([count for _, _, count in entries], np.int32)
+        rows = np.array([len(rows) for _, rows, _ in entries], np.int32)
+        digest = np.tile(np.frombuffer(corpus.digest, np.uint8), (len(entries), 1))
+        return RowTable(
+            *(text[:, 0], text_length[:, 0], inputs, input_lengths, answers, answer_lengths, trained, rows, digest)
+        )
+
+
+def _of_the_prompt(setting: Any) -> list[Condition]:
+    """Held-out instructions as they are, and blanked. (What another one would make of an input, no file says.)"""
+    return [Condition("held_out", held_out), Condition("rule_blanked", held_out, prompt="blanked")]
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class JsonLines(Task):
+    """Instructions, inputs and answers of a file."""
+
+    name: ClassVar[str] = "jsonl"
+    finite: ClassVar[bool] = True
+    suites: ClassVar[Mapping[str, Any]] = {"held_out": _of_the_prompt}
+
+    data: str = field("", "a file of JSON lines with instruction, input and answer", kind=STATIC)
+    test_rows: float = field(
+        0.2, "share of a trained instruction's rows that are kept for the split seen", kind=TABLE,
+        bound=lambda share: None if 0 < share < 1 else "must be between 0 and 1",
+    )  # fmt: skip
+
+    @property
+    def shape(self) -> Sizes:
+        corpus = read_corpus(self.data)
+        instruction, text, answer = corpus.longest
+        most = max(map(len, corpus.rows.values()))
+        return Sizes(
+            vocabulary=len(corpus.characters),
+            prompt=instruction + text + 2,
+            answer=answer,
+            ragged=corpus.ragged,
+            instruction_bytes=instruction + most * (text + answer + 8),
+        )
+
+    @property
+    def characters(self) -> str:
+        return read_corpus(self.data).characters
+
+    @property
+    def source(self) -> JsonSource:
+        return JsonSource(
+            self.data, read_corpus(self.data).digest, self.held_out_share, self.test_rows, self.split_seed
+        )
+
+    @staticmethod
+    def make_input(shape: Sizes, knobs: Any, instruction: Any, key: jax.Array) -> Any:
+        """A row of the instruction: for places from 0 on those to train on, in turn; below 0 one of the others."""
+        trained, rows = instruction["trained"], instruction["rows"]
+        tests = jax.numpy.maximum(rows - trained, 1)  # a single row is trained on, and has to serve as a test, too
+        # Hashed: if the tests took turns as the instructions do, 16 of these would have one of their 2 rows each.
+        mixed = (jax.numpy.uint32(-1 - key) * jax.numpy.uint32(0x9E3779B1)) >> 16
+        test = rows - 1 - (mixed % jax.numpy.uint32(tests)).astype(jax.numpy.int32)
+        place = jax.numpy.where(key >= 0, key % jax.numpy.maximum(trained, 1), test)
+        names = ("inputs", "input_lengths", "answers", "answer_lengths")
+        return tuple(instruction[name][place] for name in names)
+
+    @staticmethod
+    def spell(shape: Sizes, instruction: Any, input: Any) -> Example:
+        text, length, answer, answer_length = input
+        lengths = (instruction["text_length"], length) if shape.ragged else None
+        prompt, padding = prompt_tokens((instruction["text"], text), lengths)
+        right, loss_mask = answer_tokens(answer.astype(jax.numpy.int32), answer_length)
+        tokens = jax.numpy.concatenate([prompt, right]).astype(jax.numpy.int32)
+        return Example(tokens, padding, loss_mask, facts={})
+
+    @staticmethod
+    def testable(trained: RowTable, instructions: RowTable) -> RowTable:
+        """Those whose text was never trained on; each row of one is a test of its own."""
+        return instructions[~np.isin(instructions.keys(), trained.keys())]
+
+    def check_task(self) -> None:
+        read_corpus(self.data)

@@ -1,0 +1,47 @@
+"""Tasks by name: those of this package, imported when config.json names them, and those that a user's file defines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from instrdiv.runtime.errors import BadInput
+from instrdiv.tasks.task import TASKS, Task
+
+#: name -> the module that registers it.
+BUILT_IN = {"rewriting": "instrdiv.tasks.strings.rewriting", "jsonl": "instrdiv.tasks.jsonl"}
+
+
+def find_task(name: str) -> type[Task] | None:
+    """The task of this name; None where nobody has defined it."""
+    if name not in TASKS and name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name])
+    return TASKS.get(name)
+
+
+def load_file(path: str) -> ModuleType:
+    """Imports a Python file, so that the tasks that it defines are known. Raises BadInput where that cannot be.
+
+    A file that was imported before, under whatever name, is not imported again.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput(f"--task={path}: there is no such file; name the Python file that defines the task")
+    name = str(file.resolve())  # of a module: a name of its own, so that a task in json.py is not taken for json
+    for known in list(sys.modules.values()):
+        if getattr(known, "__file__", None) == name and known.__name__ != "__main__":
+            return known
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"--task={path}: is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        said = " ".join(str(error).split())
+        raise BadInput(f"--task={path}: cannot be imported ({type(error).__name__}: {said})") from error
+    return module

@@ -1,0 +1,1 @@
+"""String rewriting: letters, rules, examples, suites and mistakes, and the task they make."""

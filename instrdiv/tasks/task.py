@@ -1,0 +1,341 @@
+"""The seam: all that the rest of the laboratory knows of a task.
+
+A task is one frozen dataclass. Its *fields* are what can be varied; its methods say what an instruction is, how an
+example is made on the device, and how both read. Everything else (populations, training, tests, tables, reports,
+launchers, export) works from this face alone, so a task is one file: docs/extending.md.
+
+What a task must say: ``name``, ``parts``, ``shape``, ``characters``, its instructions (``draw``, or a ``source`` of its
+own), ``make_input`` and ``spell``. Everything else has a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+from instrdiv.runtime.fields import TABLE, between, field, number_below
+from instrdiv.runtime.tables import Row
+from instrdiv.tasks.conditions import of_the_prompt
+from instrdiv.tasks.instructions import (
+    DrawnSource,
+    Instructions,
+    Source,
+)
+from instrdiv.tasks.tokens import END, PAD, SEPARATOR, before_end
+
+
+class Shape(Protocol):
+    """The static sizes of a task's examples: everything that decides array shapes. Hashable; ``Sizes`` is the plainest.
+
+    Attributes:
+      vocabulary: number of tokens.
+      prompt: tokens before the answer, separators included; the answer starts at this position in every row.
+      answer: tokens of the longest answer, without its end token.
+      sequence: tokens of a whole row T: prompt, answer, end.
+      ragged: some prompts are shorter than the longest, so that rows carry padding on the left.
+      instruction_bytes: memory that one instruction takes on the device, for plans.
+    """
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def answer(self) -> int: ...
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def ragged(self) -> bool: ...
+    @property
+    def instruction_bytes(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A ``Shape`` that is what it is told to be; a task adds the sizes of its own parts in a subclass."""
+
+    vocabulary: int
+    prompt: int
+    answer: int
+    ragged: bool = False
+    instruction_bytes: int = 16
+
+    @property
+    def sequence(self) -> int:
+        return self.prompt + self.answer + 1
+
+
+@struct.dataclass
+class Example:
+    """One row of tokens and what is known of it (a batch has a leading axis).
+
+    Attributes:
+      tokens: int32 [T]: padding, the parts of the prompt, answer, end, padding; see ``tokens.py``.
+      padding: int32, tokens of padding on the left; 0 where the shape is not ragged.
+      loss_mask: bool [answer + 1]; entry i says that token ``prompt + i`` is of the answer or its end token.
+      facts: a tree of scalars that slices are made of, such as how often a pattern occurs.
+    """
+
+    tokens: jax.Array
+    padding: jax.Array
+    loss_mask: jax.Array
+    facts: Any
+
+
+class Measure(NamedTuple):
+    """A column of resemblance.csv as the report shows it.
+
+    Attributes:
+      column, heading: its name in the table, and for people.
+      percent: it is a share.
+      least: of several members, the least is shown, and no decimals; else their mean.
+    """
+
+    column: str
+    heading: str
+    percent: bool = False
+    least: bool = False
+
+
+#: A slice: (facts of a batch, ``Task.relation`` of its instructions) -> bool of every example.
+Slice = Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a model is asked. See the head of this file.
+
+    Class attributes:
+      name: of the task, in config.json.
+      parts: names of the prompt's parts, the input last; columns of samples.csv.
+      joint: what is written between the parts of an instruction.
+      headline: the slice that thresholds and claims are about.
+      headline_words: that slice in words, for pages.
+      slices: what tests are counted by; the first one, ``all``, is everything.
+      suites: what ``experiments.evaluate`` can ask besides: name -> ``conditions.Suite``.
+      mistakes: names of the classes of ``classify``.
+      measures: columns of resemblance.csv that the report shows; ``measures_about`` says in words what they are, with
+        the columns of a row in braces.
+      site_about: what ``site`` marks in an input, in words.
+      first_columns: columns of a setting that come first in every table.
+      plain_tests: fields that suites reset, such as a share of easy examples.
+      finite: an instruction has a list of inputs, rather than a way to draw them: ``make_input`` gets, in place of a
+        key, the place in the list: 0, 1, 2, ... for training examples, -1, -2, ... for tests.
+      words_drawn: random words that ``draw`` gets for each instruction.
+    """
+
+    name: ClassVar[str] = ""
+    parts: ClassVar[tuple[str, ...]] = ("instruction", "input")
+    joint: ClassVar[str] = " "
+    headline: ClassVar[str] = "all"
+    headline_words: ClassVar[str] = "all"
+    slices: ClassVar[Mapping[str, Slice]] = {"all": lambda facts, relation: True}
+    suites: ClassVar[Mapping[str, Any]] = {"held_out": of_the_prompt}
+    mistakes: ClassVar[tuple[str, ...]] = ("wrong length", "wrong token")
+    measures: ClassVar[tuple[Measure, ...]] = (Measure("instruction_seen", "instruction\ntrained", percent=True),)
+    measures_about: ClassVar[str] = "The share of the {held_out:,.0f} instructions of unseen that were trained on."
+    site_about: ClassVar[str] = ""
+    first_columns: ClassVar[tuple[str, ...]] = ("instructions", "tail_shape")
+    plain_tests: ClassVar[Mapping[str, Any]] = {}
+    finite: ClassVar[bool] = False
+    words_drawn: ClassVar[int] = 32
+
+    held_out_share: float = field(
+        0.2, "share of all instructions that is kept out of training", kind=TABLE, bound=between(0.001, 0.999)
+    )
+    split_seed: int = field(
+        0, "which instructions those are, and which of them are tested", kind=TABLE, bound=number_below(2**30)
+    )
+
+    # What is asked.
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes this setting needs; a group takes the largest of its members' (``common_shape``)."""
+        raise NotImplementedError(f"{self.name}.shape: say the sizes of its examples")
+
+    @property
+    def characters(self) -> str:
+        """One character for every token, padding, separator and end included: ``SPECIAL + "abc"``, say."""
+        raise NotImplementedError(f"{self.name}.characters: say how its tokens are shown")
+
+    @property
+    def source(self) -> Source:
+        """Where the instructions come from. By default they are drawn (``draw``)."""
+        return DrawnSource(self.own_task())
+
+    def draw(self, words: np.ndarray) -> Instructions:
+        """Instructions made of random words uint64 [N, words_drawn], one of each row; equal ones may turn up."""
+        raise NotImplementedError(f"{self.name}.draw: say how instructions are drawn, or give it a source")
+
+    def knobs(self) -> Any:
+        """The traced fields as ``make_input`` gets them: a tree of numpy scalars, and arrays [n] that are padded."""
+        return {}
+
+    @staticmethod
+    def make_input(shape: Any, knobs: Any, instruction: Any, key: jax.Array) -> Any:
+        """The input that an instruction is applied to, as a tree: a pure function, on the device, under ``vmap``.
+
+        Args:
+          shape: the group's (static).
+          knobs: the member's, traced.
+          instruction: one of ``Instructions.arrays``, without its leading axis.
+          key: a typed PRNG key; the same key makes the same input everywhere. See ``finite``.
+        """
+        raise NotImplementedError("make_input: say how inputs are made")
+
+    @staticmethod
+    def spell(shape: Any, instruction: Any, input: Any) -> Example:
+        """The example of an instruction and an input: prompt, answer, and what is known of them."""
+        raise NotImplementedError("spell: say how instruction, input and answer become tokens")
+
+    @classmethod
+    def example(cls, shape: Any, knobs: Any, instruction: Any, key: jax.Array) -> Example:
+        """An example of one instruction; see ``make_input``."""
+        return cls.spell(shape, instruction, cls.make_input(shape, knobs, instruction, key))
+
+    @classmethod
+    def test_key(cls, key: jax.Array, number: jax.Array) -> jax.Array:
+        """What makes the input of test ``number`` (int32): a key of its own; a place where the task is ``finite``."""
+        return -1 - number if cls.finite else jax.random.fold_in(key, number)
+
+    @staticmethod
+    def common_shape(shapes: Sequence[Any]) -> Any:
+        """The smallest shape that holds examples of all of these."""
+        columns = {f.name: [getattr(shape, f.name) for shape in shapes] for f in dataclasses.fields(shapes[0])}
+        largest = {name: max(values) for name, values in columns.items()}
+        largest["ragged"] |= len(set(columns["prompt"])) > 1
+        return dataclasses.replace(shapes[0], **largest)
+
+    # What is known of tests, and of answers.
+
+    @staticmethod
+    def relation(trained: Any, tested: Any) -> np.ndarray:
+        """bool [N, K]: what each tested instruction shares with the trained ones, for slices. By default nothing."""
+        return np.zeros((len(tested), 0), bool)
+
+    @staticmethod
+    def testable(trained: Any, instructions: Any) -> Any:
+        """Those of the instructions that can be tested as unseen: distinct ones, never trained."""
+        keys = instructions.keys()
+        _, first = np.unique(keys, return_index=True)
+        kept = np.sort(first)
+        return instructions[kept[~np.isin(keys[kept], trained.keys())]]
+
+    @staticmethod
+    def resemblance(trained: Any, held_out: Any, compared: int) -> Row:
+        """How much held-out instructions look like a member's trained ones; cells of resemblance.csv.
+
+        ``compared`` of the held-out ones may be looked at in detail.
+        """
+        seen = float(np.isin(held_out.keys(), trained.keys()).mean())
+        return {"trained": len(trained), "held_out": len(held_out), "instruction_seen": seen}
+
+    @staticmethod
+    def classify(instructions: Any, inputs: Any, right: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+        """The class of each answer, as a place in ``mistakes``, -1 where it is right: int8 [N].
+
+        Args:
+          instructions, inputs: trees of numpy arrays [N, ...].
+          right, decoded: tokens [N, A + 1]: answer, end token, padding; what lies past the end is ignored.
+        """
+        lengths = [np.logical_and.accumulate(tokens != END, axis=1).sum(1) for tokens in (right, decoded)]
+        beyond = np.arange(right.shape[1]) > lengths[0][:, None]
+        is_right = ((right == decoded) | beyond).all(1)
+        return np.select([is_right, lengths[0] != lengths[1]], [-1, 0], 1).astype(np.int8)
+
+    # Words for people.
+
+    def words(self, tokens: np.ndarray) -> dict[str, str]:
+        """The parts of one whole row of tokens [T], and its answer, as text."""
+        named, rest = {}, tokens[np.flatnonzero(tokens != PAD)[0] :]
+        for part in self.parts:
+            end = np.flatnonzero(rest == SEPARATOR)[0]
+            named[part], rest = self.text(rest[:end]), rest[end + 1 :]
+        return named | {"answer": self.text(before_end(rest))}
+
+    def text(self, tokens: np.ndarray) -> str:
+        return "".join(self.characters[int(token)] for token in tokens)
+
+    @classmethod
+    def instruction_words(cls, row: Mapping[str, str], arrow: str = "->") -> str:
+        """The instruction of a row of samples.csv, on one line; ``arrow`` is how ``->`` is to be written."""
+        return cls.joint.replace("->", arrow).join(row[part] or "(nothing)" for part in cls.parts[:-1])
+
+    @classmethod
+    def site(cls, row: Mapping[str, str]) -> tuple[str, str, str]:
+        """The input of a row of samples.csv in three: what the instruction is about, and what is before and after."""
+        return row[cls.parts[-1]], "", ""
+
+    @staticmethod
+    def fact_words(facts: Any) -> dict[str, str]:
+        """Columns of ``show_data`` that are made of facts, one example's, as numpy scalars."""
+        return {}
+
+    @staticmethod
+    def caption(rows: Sequence[Row]) -> str:
+        """The task's own settings in words, for the caption of a picture of these rows."""
+        return ""
+
+    @property
+    def about(self) -> str:
+        """What a trained model does, in a sentence or two, for the README of an exported one."""
+        return f"It was trained on the task {self.name}."
+
+    # Checks.
+
+    def check_task(self) -> None:
+        """Raises BadInput, naming the flag, for fields that do not go together. Bounds are checked already."""
+
+    @classmethod
+    def idle_fields(cls, settings: Sequence[Any]) -> Iterable[tuple[str, Any, bool, str]]:
+        """Fields that may change nothing: (name, value that asks for nothing, whether it is used, why it is not)."""
+        return ()
+
+    def filled_in(self) -> dict[str, Any]:
+        """Values of fields that are None and then follow another one."""
+        return {}
+
+    @classmethod
+    def task_type(cls) -> type[Task]:
+        """The registered class among the bases: the task itself, without the fields of model and training."""
+        return next(base for base in cls.__mro__ if base.__dict__.get("name"))
+
+    def own_task(self) -> Task:
+        """The task alone, with the fields that decide its instructions; traced ones are at their defaults."""
+        task = self.task_type()
+        decides = {f.name: getattr(self, f.name) for f in dataclasses.fields(task) if f.metadata["kind"] != "traced"}
+        return task(**decides)
+
+
+#: The tasks that config.json may name.
+TASKS: dict[str, type[Task]] = {}
+
+
+def register(task: type[Task]) -> type[Task]:
+    """Makes a task known by its name; a class decorator."""
+    if not task.__dict__.get("name"):
+        raise ValueError(f"{task.__name__}: a task needs a name")
+    known = TASKS.get(task.name)
+    if known is not None and (known.__module__, known.__qualname__) != (task.__module__, task.__qualname__):
+        raise ValueError(f"{task.__name__}: there is another task called {task.name}, {known.__module__}")
+    TASKS[task.name] = task
+    return task
+
+
+def task_of(columns: Iterable[str]) -> type[Task]:
+    """The task that a table of results is about, by its columns; ``Task`` itself where none that is known fits."""
+    columns = set(columns)
+    shared = {f.name for f in dataclasses.fields(Task)}
+
+    def fit(task: type[Task]) -> int:
+        own = {f.name for f in dataclasses.fields(task)} - shared
+        return len(own & columns) - len(own - columns)
+
+    best = max(TASKS.values(), key=fit, default=Task)
+    return best if best is not Task and fit(best) > 0 else Task

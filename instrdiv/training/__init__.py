@@ -1,0 +1,1 @@
+"""Optimizers, the order of the examples, and what trains: populations of models, and of adapters."""
