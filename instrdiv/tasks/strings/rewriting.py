@@ -73,7 +73,7 @@ class Rewriting(Task):
     pattern_length_min: int | None = field(None, "shortest pattern (default: pattern_length)", kind=TABLE)
     replacement_length_min: int | None = field(None, "shortest replacement (default: replacement_length)", kind=TABLE)
     held_out: str = field(
-        "pattern_and_replacement", "what of a held-out rule is never trained on", rules.SPLITS, kind=TABLE
+        "pattern_and_replacement", "what of a held-out rule is never trained on", rules.HELD_OUT_PARTS, kind=TABLE
     )
     held_out_share: float = field(
         0.2, "share of all strings that is kept for held-out rules", kind=TABLE, bound=between(0.001, 0.999)

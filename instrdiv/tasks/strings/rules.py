@@ -27,8 +27,8 @@ from instrdiv.tasks.instructions import Instructions, TooFew, as_opaque
 from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.tasks.strings.families import FAMILIES, orders
 
-#: What the two sides of the split tell apart, strictest first.
-SPLITS = ("pattern_and_replacement", "pattern", "replacement", "rule")
+#: What of a held-out rule is never trained on, strictest first.
+HELD_OUT_PARTS = ("pattern_and_replacement", "pattern", "replacement", "rule")
 
 _NO_LETTER = 255  # what follows a string shorter than its column
 _BLOCK = 1 << 14  # strings drawn at a time; part of the definition of a pool
@@ -158,7 +158,7 @@ class RuleSource:
 
     Attributes:
       pattern, replacement: the families of the two strings.
-      split: what the sides tell apart (``SPLITS``). By default neither the pattern nor the replacement of a held-out
+      split: one of ``HELD_OUT_PARTS``. By default neither the pattern nor the replacement of a held-out
         rule is ever trained on, in either role; ``pattern`` and ``replacement`` hold out only the one, ``rule`` only
         the pair.
       held_out_share: share of all strings (of all pairs for ``rule``) on the held-out side, in (0, 1).

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from instrdiv.tasks.counts import effective_number, rule_counts
 from instrdiv.tasks.strings import families
 from instrdiv.tasks.strings.alphabet import Alphabet
-from instrdiv.tasks.strings.rules import SPLITS, FamilyTooSmall, RuleSource, StringFamily, resemblance
+from instrdiv.tasks.strings.rules import HELD_OUT_PARTS, FamilyTooSmall, RuleSource, StringFamily, resemblance
 
 
 def source(alphabet=3, longest=3, shortest=None, names=("free",), k=(1, 1), **options):
@@ -53,7 +53,7 @@ class TestFamilies:
 
 
 class TestPools:
-    @pytest.mark.parametrize("split", SPLITS)
+    @pytest.mark.parametrize("split", HELD_OUT_PARTS)
     def test_rules_are_distinct_and_change_something(self, split):
         rules = texts(source(longest=3, shortest=1, split=split).pool(0, 150))
         assert len(set(rules)) == 150
@@ -137,7 +137,7 @@ class TestHeldOut:
         return texts(rules.pool(1, counts[0])), texts(rules.held_out(counts[1]))
 
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-    @given(WORLDS, st.sampled_from(SPLITS))
+    @given(WORLDS, st.sampled_from(HELD_OUT_PARTS))
     def test_no_held_out_rule_can_be_trained(self, world, split):
         sides = self.both_sides(world, split)
         assume(sides is not None)
