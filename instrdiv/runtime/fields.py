@@ -36,7 +36,8 @@ def field(
       help: one line.
       choices: its values, where they are few names.
       kind: ``TABLE``, ``TRACED`` or ``STATIC``; None for settings that do not form groups.
-      bound: what its values must be, such as ``at_least(1)``; asked by its flag, and by ``check_fields``.
+      bound: what its values (of a list, its items) must be, such as ``at_least(1)``; asked by its flag, and by
+        ``check_fields``.
       infinite: infinity is one of its values.
     """
     metadata = {"help": help, "choices": choices, "kind": kind, "bound": bound, "infinite": infinite}
@@ -79,17 +80,21 @@ def refuse(name: str, value: Any, why: str) -> typing.NoReturn:
 
 
 def check_fields(settings: Any) -> None:
-    """Raises BadInput, naming the flag, for a value that is none of the choices, not finite, or out of bounds."""
+    """Raises BadInput, naming the flag, for a value that is none of the choices, not finite, or out of bounds.
+
+    Of a tuple, each item is asked for.
+    """
     for f in dataclasses.fields(settings):
         value, about = getattr(settings, f.name), f.metadata
-        if value is None:
-            continue
-        if about["choices"] and value not in about["choices"]:
-            refuse(f.name, value, f"must be one of {', '.join(about['choices'])}")
-        if isinstance(value, float) and not math.isfinite(value) and not about["infinite"]:
-            refuse(f.name, value, "must be a finite number")
-        if about["bound"] and (why := about["bound"](value)):
-            refuse(f.name, value, why)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is None:
+                continue
+            if about["choices"] and each not in about["choices"]:
+                refuse(f.name, each, f"must be one of {', '.join(about['choices'])}")
+            if isinstance(each, float) and not math.isfinite(each) and not about["infinite"]:
+                refuse(f.name, each, "must be a finite number")
+            if about["bound"] and (why := about["bound"](each)):
+                refuse(f.name, each, why)
 
 
 def convert_fields(settings: Any) -> None:

@@ -99,6 +99,25 @@ def test_a_value_out_of_bounds_is_refused_by_its_flag(changes, message):
     assert str(error.value) == message
 
 
+def test_of_a_list_each_item_is_within_bounds():
+    @dataclasses.dataclass(frozen=True)
+    class Lists:
+        counts: tuple[int, ...] | None = field((1,), "counts", bound=at_least(1))
+        shapes: tuple[float, ...] = field((), "shapes")
+        names: tuple[str, ...] = field(("a",), "names", choices=("a", "b"))
+
+    for changes in ({}, {"counts": None}, {"counts": (1, 2), "names": ("a", "b")}):
+        check_fields(Lists(**changes))
+    for changes, message in (
+        ({"counts": (1, 0)}, "--config.counts=0: must be at least 1"),
+        ({"shapes": (1.0, math.nan)}, "--config.shapes=nan: must be a finite number"),
+        ({"names": ("a", "c")}, "--config.names=c: must be one of a, b"),
+    ):
+        with pytest.raises(BadInput) as error:
+            check_fields(Lists(**changes))
+        assert str(error.value) == message
+
+
 def test_what_is_within_bounds_is_welcome():
     for changes in ({}, {"shape": math.inf}, {"shape": 0.1}, {"shortest": None}, {"shortest": 3}, {"share": 1}):
         check_fields(World(**changes))
