@@ -144,3 +144,9 @@ def test_a_setting_is_read_back_from_its_row(name):
     setting = dataclasses.replace(BASES[name], occurrences=(1, 2))
     again = Setting.from_row(json.loads(json.dumps(plain(setting.as_row()))) | {"seed": 3, "id": "m1"})
     assert again.as_row() == setting.as_row() and Member(again, 3).id == Member(setting, 3).id
+
+
+def test_the_rules_of_seen_are_the_same_for_ever():
+    member = Member(tiny(instructions=8), 3)
+    assert member.seen_rules(10).tolist() == [7, 2, 5, 4, 0, 1, 6, 3, 7, 2]
+    assert member.seen_rules(8, by_share=True).tolist() == [4, 1, 7, 6, 4, 6, 5, 3]

@@ -11,11 +11,12 @@ import pytest
 from experiments.evaluate import shown
 from instrdiv.config.layout import Options
 from instrdiv.config.pools import RulePools
+from instrdiv.config.presets import Setting
 from instrdiv.config.settings import Member
 from instrdiv.config.sweep import Sweep
 from instrdiv.evaluation.decoding import GroupDecoder
 from instrdiv.evaluation.exact_match import Evaluator
-from instrdiv.evaluation.tally import decode_split
+from instrdiv.evaluation.tally import decode_split, slices_of
 from instrdiv.evaluation.test_sets import held_out_rules, make_test_set
 from instrdiv.runs.evaluate import evaluate
 from instrdiv.runs.run import run
@@ -39,7 +40,7 @@ DEV_TESTS, TESTS = 8, 16
 ONE_DEVICE = Options(devices=1, members_per_vmap=1)
 
 
-def testable(subject, rules):
+def those_to_test(subject, rules):
     return subject.setting.testable(subject.trained, rules)[: subject.tests]
 
 
@@ -97,7 +98,7 @@ class TestRules:
             tested = {}
             for suite, condition in ((s, c) for s in SUITES for c in SUITES[s](member.setting)):
                 subject = subject_of(member, condition, tests=50)
-                tested[condition.name] = texts(testable(subject, condition.rules(subject)), letters)
+                tested[condition.name] = texts(those_to_test(subject, condition.rules(subject)), letters)
                 these = tested[condition.name]
                 assert not set(these) & rules and len(set(these)) == len(these) <= 50, condition.name
                 assert all(pattern != replacement for pattern, replacement in these), suite
@@ -115,7 +116,7 @@ class TestRules:
         for seed in range(2):
             member = Member(tiny(**WORLD, instructions=12 + seed), seed)
             condition = SUITES["held_out"](member.setting)[0]
-            tables.append(testable(s := subject_of(member, condition, TESTS), condition.rules(s)).digest)
+            tables.append(those_to_test(s := subject_of(member, condition, TESTS), condition.rules(s)).digest)
         assert {held_out_rules(member.setting.source, DEV_TESTS, TESTS)["unseen"].digest} == set(tables)
 
     def test_families_have_their_form_and_all_there_is_of_it(self):
@@ -131,7 +132,7 @@ class TestRules:
         assert set(conditions) == {"free"} | set(forms)
         for name, form in forms.items():
             subject = subject_of(member, conditions[name], tests=1000)
-            found = texts(testable(subject, conditions[name].rules(subject)), 4)
+            found = texts(those_to_test(subject, conditions[name].rules(subject)), 4)
             strings = {form(a, b) for a, b in itertools.product("abcd", repeat=2)}
             side = {string for rule in found for string in rule}
             assert side < strings, "some strings are held out, some are not"
@@ -199,7 +200,8 @@ class TestEvaluation:
 
     def test_every_condition_has_its_rows(self, saved, everything):
         member = saved.sweep.members[0]
-        expected = [f"{c.name}/{s}" for suite in SUITES for c in SUITES[suite](member.setting) for s in c.slices]
+        conditions = [condition for suite in SUITES.values() for condition in suite(member.setting)]
+        expected = [f"{c.name}/{name}" for c in conditions for name in slices_of(c, type(member.setting))]
         found = [row["slice"] for row in everything.results if row["member"] == member.id]
         missing = [name for name in expected if name not in found]
         assert found == [name for name in expected if name in found] and len(found) > len(expected) - 4
@@ -284,7 +286,7 @@ class TestLauncher:
 
     def test_mistakes(self, saved, tmp_path):
         for flags, part in (
-            (["--suite=everything"], "held_out"),
+            ([f"--run_dir={saved.path}", "--suite=everything"], "held_out"),
             ([f"--run_dir={tmp_path / 'none'}"], "holds no run"),
             ([], "--run_dir=DIR"),
         ):
@@ -295,11 +297,13 @@ class TestLauncher:
     def test_what_differs_is_marked(self):
         row = {"slice": "held_out/has_op", "member": "m1", "pattern": "iss", "replacement": "art", "asked": "",
                "input": "missis", "answer": "martis", "decoded": "marris", "error": "wrong replacement"}  # fmt: skip
-        lines = shown([row], 1).splitlines()
+        lines = shown(Setting, [row], 1).splitlines()
         assert lines[0] == "held_out/has_op" and lines[4].endswith("wrong replacement")
         assert [lines[4][i] for i, mark in enumerate(lines[5]) if mark == "^"] == ["r"]
-        assert shown([row | {"decoded": "martis", "error": ""}], 1).splitlines()[4:] == ["    decoded  martis  right"]
-        assert shown([row | {"decoded": "mart"}], 1).splitlines()[5].endswith("    ^^")
+        assert shown(Setting, [row | {"decoded": "martis", "error": ""}], 1).splitlines()[4:] == [
+            "    decoded  martis  right"
+        ]
+        assert shown(Setting, [row | {"decoded": "mart"}], 1).splitlines()[5].endswith("    ^^")
 
 
 class TestMistakes:

@@ -406,7 +406,7 @@ class TestRun:
         member = SavedRun(here).sweep.members[0].id
         assert export.launch([f"--run_dir={here}", f"--member={member}", f"--out={tmp_path / 'out'}"]) == 0
         readme = (tmp_path / "out" / "README.md").read_text()
-        assert "task jsonl" in readme
+        assert "trained on the task jsonl" in readme.splitlines()[0]
         vocabulary = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
         assert set(vocabulary) > {c for row in rows for part in row for c in part}
 
