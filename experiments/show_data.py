@@ -9,6 +9,7 @@ task is shown by the launcher that trains it: ``--task=experiments/jsonl_instruc
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import signal
 import sys
@@ -90,7 +91,11 @@ def bases(argv: Sequence[str]) -> Mapping[str, tuple[TaskSetting, int]]:
 
     Those of the launcher that ``--task`` names among the flags, else those of string rewriting.
     """
-    named = [word.partition("=")[2] for word in argv if word.lstrip("-").startswith("task=")]
+    named = []
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        if flag in ("--task", "-task"):
+            named.append(value if equals else following)
     if not named:
         of_rewriting = importlib.import_module("instrdiv.config.presets").BASES
         return {name: (base, DEV_TESTS[name]) for name, base in of_rewriting.items()}

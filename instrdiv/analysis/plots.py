@@ -26,7 +26,7 @@ def instruction_curve(
     path_stem: Path | None = None,
     reported_band: tuple[float, float] | None = None,
     title: str = "Following instructions that were never trained on",
-    slice: str = "has_op",
+    slice: str | None = None,
     notes: Sequence[str] = (),
 ):
     """Figure 2a: exact match on unseen and seen examples against the number of instructions.
@@ -36,7 +36,7 @@ def instruction_curve(
       path_stem: where to write ``.png`` and ``.pdf``; None writes nothing.
       reported_band: where the papers report their step, drawn in the background.
       title: first line.
-      slice: of the tests that are counted, the task's headline.
+      slice: of the tests that are counted; the task's headline by default.
       notes: lines below the caption.
 
     Returns:
@@ -45,6 +45,7 @@ def instruction_curve(
     """
     figure = new_figure(8, 5.2)
     axes = figure.add_subplot()
+    slice = slice or thresholds.headline(results)
     unseen = thresholds.select(results, "unseen", slice)
     if reported_band:
         low, high = reported_band
@@ -88,7 +89,7 @@ def new_figure(width: float, height: float, title: str | None = None):
     return figure
 
 
-def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str, slice: str = "has_op") -> None:
+def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str, slice: str | None = None) -> None:
     """Saves a figure with the caption of its table, and with ``notes`` as lines of their own."""
     save(figure, "\n".join((caption(results, slice), *notes)), path_stem)
 
@@ -107,11 +108,12 @@ def save(figure, text: str, path_stem: Path | None) -> None:
         )
 
 
-def caption(results: Sequence[Row], slice: str = "has_op") -> str:
+def caption(results: Sequence[Row], slice: str | None = None) -> str:
     """Seeds, tests, model, regime and task, from the table; what the members differ in is said to be varied.
 
-    ``slice``: of the tests that are counted, the task's headline.
+    ``slice``: of the tests that are counted; the task's headline by default.
     """
+    slice = slice or thresholds.headline(results)
     headline = [row for row in results if row["split"] == "unseen" and row["slice"] == slice] or list(results)
     names = setting_names(headline[0])
     models = Counter(tuple(row[name] for name in names) for row in headline)

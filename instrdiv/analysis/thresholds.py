@@ -18,6 +18,7 @@ import numpy as np
 from instrdiv.analysis.claims import Claim
 from instrdiv.evaluation.statistics import NOTHING, Interval, mean_interval
 from instrdiv.runtime.tables import Row
+from instrdiv.tasks.task import task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,11 @@ def comparison(found: Mapping[tuple, Threshold], fields: Sequence[str], baseline
             | {"ratio": ratio.mean, "ratio_low": ratio.low, "ratio_high": ratio.high, "comparisons": len(others)}
         )
     return rows
+
+
+def headline(results: Sequence[Row]) -> str:
+    """The slice that the task of these rows is judged by."""
+    return task_of(results[0] if results else ()).headline
 
 
 def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
@@ -280,17 +286,18 @@ def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) ->
 
 
 def instruction_step_claims(
-    results: Sequence[Row], low: float = 0.1, high: float = 0.95, slice: str = "has_op"
+    results: Sequence[Row], low: float = 0.1, high: float = 0.95, slice: str | None = None
 ) -> list[Claim]:
     """The claims of figure 2a, without the papers' place of the step (which belongs to their recipe).
 
     Few instructions: never followed on unseen rules, though the trained ones are; many instructions: always; between
     them, a step. Claims are about means over seeds.
     """
+    slice = slice or headline(results)
     unseen, seen = (by_value(select(results, split, slice)) for split in ("unseen", "seen"))
     both = sorted(unseen.keys() & seen.keys())
     if not both:
-        return [Claim("there is something to judge", False, "no member finished with has-op tests")]
+        return [Claim("there is something to judge", False, f"no member finished with {slice.replace('_', '-')} tests")]
     fewest, most = both[0], both[-1]
     few, few_seen, many = (float(np.mean(v)) for v in (unseen[fewest], seen[fewest], unseen[most]))
     found = threshold(select(results, "unseen", slice))

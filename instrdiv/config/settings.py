@@ -187,9 +187,27 @@ def _default_row(settings: Any) -> dict[str, Any]:
     return settings().as_row()
 
 
+#: Columns of tables that are no settings, and no parts of a prompt either.
+TAKEN_COLUMNS = (
+    *("id", "figure", "group", "member", "seed", "step", "examples_seen", "split", "slice", "exact_match", "tests"),
+    *("status", "examples_per_rule", "exact_match_low", "exact_match_high"),
+)
+TAKEN_PARTS = ("answer", "decoded", "error", "asked", "rule_id")
+
+
 def setting_of(task: type[Task] | str) -> type[TaskSetting]:
-    """The settings of a task: its own fields and those that all share. Raises KeyError for an unknown name."""
+    """The settings of a task: its own fields and those that all share.
+
+    Raises KeyError for an unknown name; ValueError for a field without a kind, and for a field or a part of the prompt
+    that is named as another column is.
+    """
     task = TASKS[task] if isinstance(task, str) else task
+    own = {f.name for f in dataclasses.fields(task)} - {f.name for f in dataclasses.fields(Task)}
+    for f in dataclasses.fields(task):
+        if f.metadata.get("kind") is None:
+            raise ValueError(f"{task.__name__}: say the kind of {f.name}: field(…, kind=TABLE), TRACED, or STATIC")
+    for name in sorted((own & {*dir(TaskSetting), *TAKEN_COLUMNS}) | ({*task.parts} & {*TAKEN_COLUMNS, *TAKEN_PARTS})):
+        raise ValueError(f"{task.__name__}: {name} is what every task has; give its field or part another name")
     if task.name not in _SETTINGS or not issubclass(_SETTINGS[task.name], task):
         made = type(f"{task.__name__}Setting", (task, TaskSetting), {"__module__": task.__module__})
         _SETTINGS[task.name] = dataclasses.dataclass(frozen=True)(made)

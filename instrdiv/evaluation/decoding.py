@@ -36,6 +36,8 @@ class Prompts:
       shown: the rules that the prompts show, of the same lengths; ``rules`` except in an ablation. Right answers are
         always those of ``rules``.
       blanked: the rule is padding in the prompt.
+      relations: ``Task.relation`` of each table to the rules that its member was given, bool [tests, K]; may be left
+        out where no slice is made of it.
     """
 
     knobs: Any
@@ -43,6 +45,7 @@ class Prompts:
     rules: Sequence[Any]
     shown: Sequence[Any]
     blanked: bool = False
+    relations: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
         """Tests of the member that has most."""
@@ -60,6 +63,7 @@ class Answers:
       decoded: the member's answer, tokens [M, B, A + 1]: answer, end, padding.
       facts: see ``Example``.
       index: int32, number of the test; -1 where a member has fewer tests than others.
+      relation: bool [M, B, K], see ``Prompts``; None where it was left out.
     """
 
     rules: Any
@@ -69,6 +73,7 @@ class Answers:
     decoded: Any
     facts: Any
     index: Any
+    relation: Any = None
 
     @property
     def right(self) -> Any:
@@ -132,11 +137,16 @@ class GroupDecoder:
             tests = put((rules, shown, index), self.mesh, P("member", "data"))
             running = self.program(*member, *tests, np.bool_(prompts.blanked))
             if waiting is not None:
-                yield _on_host(waiting, members)
+                yield _on_host(waiting, prompts)
             waiting = running
         if waiting is not None:
-            yield _on_host(waiting, members)
+            yield _on_host(waiting, prompts)
 
 
-def _on_host(answers: Answers, members: int) -> Answers:
-    return jax.tree.map(lambda leaf: leaf[:members], jax.device_get(answers))
+def _on_host(answers: Answers, prompts: Prompts) -> Answers:
+    """The answers of the members of these prompts, without those of idle ones."""
+    found = jax.tree.map(lambda leaf: leaf[: len(prompts.rules)], jax.device_get(answers))
+    if not prompts.relations:
+        return found
+    each = zip(prompts.relations, found.index, strict=True)
+    return found.replace(relation=np.stack([relation[index] for relation, index in each]))

@@ -26,11 +26,12 @@ from instrdiv.training.population import stack_knobs
 
 
 def split_prompts(sweep: Sweep, group: Group, pools: RulePools, split: str) -> Prompts:
-    """The tests of a split, as ``evaluation`` makes them, to be decoded."""
-    rules = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests).rules
+    """The tests of a split, as ``make_test_set`` makes them, to be decoded."""
+    tests = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests)
     streams = jnp.array([stream_of_split(split, m.setting.split_seed) for m in group.members], jnp.uint32)
     keys = jax.vmap(lambda stream: stream_key(TEST_STREAM, stream))(streams)
-    return Prompts(stack_knobs([member.setting for member in group.members]), keys, rules, rules)
+    knobs = stack_knobs([member.setting for member in group.members])
+    return Prompts(knobs, keys, tests.rules, tests.rules, relations=tests.relations)
 
 
 def decode_split(
@@ -38,7 +39,7 @@ def decode_split(
 ) -> tuple[list[Row], list[Row]]:
     """Rows of errors.csv and samples.csv for the headline's tests of a split, of every member in training.
 
-    The tests are those of ``evaluation``. ``piece`` is the number of tests per call of the compiled program, a multiple
+    The tests are those of ``make_test_set``. ``piece`` is the number of tests per call of the program, a multiple
     of the mesh's data axis; ``samples`` the number of answers to return per member.
     """
     group, headline = trainer.group, trainer.group.task.headline
@@ -72,7 +73,8 @@ def tally(
         flat = jax.tree.map(lambda leaf, n=members * tests: leaf.reshape(n, *leaf.shape[2:]), piece)
         kinds = task.classify(flat.rules, flat.input, flat.right, flat.decoded).reshape(members, tests)
         counted = (piece.index >= 0) & (piece.differs | (condition.prompt != "shuffled"))
-        belongs = np.stack([task.slices[name](piece.facts, None) & counted for name in slices_of(condition, task)], 1)
+        chosen = [task.slices[name](piece.facts, piece.relation) for name in slices_of(condition, task)]
+        belongs = np.stack([each & counted for each in chosen], axis=1)
         of_kind = [(belongs & (kinds == kind)[:, None]).sum(-1) for kind in range(-1, len(task.mistakes))]
         counts = counts + np.stack([belongs.sum(-1), *of_kind], axis=-1)
         for row, column in np.ndindex(belongs.shape[:2]):

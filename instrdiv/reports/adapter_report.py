@@ -15,7 +15,7 @@ from instrdiv.runtime.provenance import read_provenance
 from instrdiv.runtime.tables import Row, read_table
 from instrdiv.runtime.units import clock
 
-#: What the page shows a column for, where it was tested.
+#: What the page shows a column for, where it was tested; where none of these was, all that was.
 _SLICES = (("unseen", "has_op"), ("unseen", "no_op"), ("seen", "has_op"))
 #: Answers the page shows of a setting and a split.
 _SAMPLES = 2
@@ -46,7 +46,8 @@ def write_adapter_report(run_dir: Path, claims: Sequence[Claim] | None) -> Path:
     by_setting: dict[tuple, list[Row]] = {}
     for row in sorted(results, key=lambda row: thresholds.ordering(tuple(row[name] for name in fields))):
         by_setting.setdefault(tuple(row[name] for name in fields), []).append(row)
-    slices = [pair for pair in _SLICES if any((row["split"], row["slice"]) == pair for row in results)]
+    tested = dict.fromkeys((row["split"], row["slice"]) for row in results)
+    slices = [pair for pair in _SLICES if pair in tested] or list(tested)
     picture = run_dir / "figure.png"
     page = {
         "figure": figure,

@@ -155,20 +155,24 @@ class _GroupTester:
             rows = [row for row in of_row if len(rules[row])]
             if rows:
                 condition = of_row[rows[0]]
-                prompts = self._prompts(condition, [settings[name, row] for row in rows], [rules[r] for r in rows])
+                prompts = self._prompts(condition, rows, [settings[name, r] for r in rows], [rules[r] for r in rows])
                 params = jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.params)
                 answers = self.decoder(shape).answers(params, prompts)
                 counts, samples = tally(answers, condition, self.samples, self.group)
                 self._add(outcome, name, condition, rows, counts, samples)
 
-    def _prompts(self, condition: Condition, settings: Sequence[TaskSetting], rules: Sequence[Any]) -> Prompts:
+    def _prompts(
+        self, condition: Condition, rows: Sequence[int], settings: Sequence[TaskSetting], rules: Sequence[Any]
+    ) -> Prompts:
         number = zlib.crc32(condition.name.encode())
         seeds = jnp.array([setting.split_seed for setting in settings], jnp.uint32)
         keys = jax.vmap(lambda seed: jax.random.fold_in(stream_key(SUITE_STREAM, seed), number))(seeds)
         shown = rules
         if condition.prompt == "shuffled":
             shown = [table[np.roll(np.arange(len(table)), -1)] for table in rules]
-        return Prompts(stack_knobs(settings), keys, rules, shown, blanked=condition.prompt == "blanked")
+        pools = [self.pools.of(self.group.members[row]) for row in rows]
+        relations = [self.group.task.relation(pool, table) for pool, table in zip(pools, rules, strict=True)]
+        return Prompts(stack_knobs(settings), keys, rules, shown, condition.prompt == "blanked", relations)
 
     def _add(self, outcome: Evaluation, name: str, condition: Condition, rows: Sequence[int], counts, samples) -> None:
         for place, row in enumerate(rows):

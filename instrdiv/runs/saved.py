@@ -69,7 +69,7 @@ def task_named(said: Mapping[str, Any], config: Path) -> type[Task]:
     task = find_task(name)
     if task is None:
         raise BadInput(f"{config} names the task {name}, which is not known here: name the file that defines it, "
-                       "--task=FILE.py")  # fmt: skip
+                       "--task=FILE.py; a launcher needs another --run_dir, or --overwrite")  # fmt: skip
     return task
 
 
@@ -337,6 +337,9 @@ def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
 
     A layout that is left open (None, or its default) differs in nothing.
     """
+    theirs_is, ours_is = run.sweep.task.name, sweep.task.name
+    if theirs_is != ours_is:  # the members have nothing in common that could be compared
+        return [f"task ({theirs_is} there, {ours_is} asked for)"]
     differ = [
         f"{name} ({getattr(run.sweep, name)} there, {getattr(sweep, name)} asked for)"
         for name in ("figure", "dev_tests", "tests")

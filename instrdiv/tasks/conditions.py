@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from instrdiv.tasks.instructions import Source, take_tests
+from instrdiv.runtime.errors import BadInput
+from instrdiv.tasks.instructions import Source, TooFew, take_tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,21 @@ Suite = Callable[[Any], list[Condition]]
 
 
 def held_out(subject: Subject) -> Any:
-    """Held-out rules of the tested setting; the run's own ``unseen`` rules where that has the member's source."""
-    source = subject.setting.source
-    skip = subject.dev_tests if source == subject.member.setting.source else 0
-    return _held_out(source, skip, subject.tests)
+    """Held-out rules of the tested setting; the run's own ``unseen`` rules where that has the member's source.
+
+    None that the member was tuned on is among them.
+    """
+    source, own = subject.setting.source, subject.member.setting.source
+    if source == own or not subject.dev_tests:
+        return _held_out(source, subject.dev_tests, subject.tests)
+    try:
+        found = _held_out(source, 0, subject.tests + subject.dev_tests)
+    except BadInput:  # there are not so many
+        found = _held_out(source, 0, subject.tests)
+    if len(found) == 0:
+        return found
+    tuned_on = take_tests(own, subject.dev_tests, 0)[0]
+    return subject.setting.testable(tuned_on, found)[: subject.tests]
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,7 +97,14 @@ def _held_out(source: Source, skip: int, tests: int) -> Any:
     """The held-out rules after the first ``skip``: ``tests`` of them, or as many as there are."""
     capacity = source.capacity(held_out=True)
     wanted = tests if capacity is None else min(tests, capacity - skip)
-    return take_tests(source, skip, wanted)[1] if wanted > 0 else source.none()
+    if wanted <= 0:
+        return source.none()
+    try:
+        return source.tests(skip, wanted)[1]
+    except TooFew as few:
+        if not few.found:
+            return take_tests(source, skip, wanted)[1]  # which says it in words
+        return source.tests(skip, few.found)[1]
 
 
 def of_the_prompt(setting: Any) -> list[Condition]:

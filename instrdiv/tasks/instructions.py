@@ -61,7 +61,15 @@ def as_opaque(rows: np.ndarray) -> np.ndarray:
 
 
 class TooFew(ValueError):
-    """A source holds fewer distinct instructions than were asked for. The message says how many of which."""
+    """A source holds fewer distinct instructions than were asked for. The message says how many of which.
+
+    Attributes:
+      found: how many there are of what was asked for; of tests, besides those to tune on.
+    """
+
+    def __init__(self, message: str, found: int = 0):
+        super().__init__(message)
+        self.found = found
 
 
 class Source(Protocol):
@@ -140,7 +148,10 @@ class DrawnSource:
         return self._take(size, self.task.split_seed, held_out=True)
 
     def tests(self, dev_tests: int, tests: int) -> tuple[Any, Any]:
-        found = self.held_out(dev_tests + tests)
+        try:
+            found = self.held_out(dev_tests + tests)
+        except TooFew as few:
+            raise TooFew(str(few), max(0, few.found - dev_tests)) from None
         return found[:dev_tests], found[dev_tests:]
 
     def capacity(self, held_out: bool) -> int | None:
@@ -169,5 +180,6 @@ class DrawnSource:
             found = both[np.sort(first)]
         if len(found) < size:
             side = "held-out" if held_out else "training"
-            raise TooFew(f"{size} {side} instructions were asked for, but only {len(found)} distinct ones turned up")
+            message = f"{size} {side} instructions were asked for, but only {len(found)} distinct ones turned up"
+            raise TooFew(message, len(found))
         return found[:size]

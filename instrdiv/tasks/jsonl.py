@@ -1,8 +1,8 @@
 """A task read from a file: JSON lines with ``instruction``, ``input`` and ``answer``; data that only a host can make.
 
-Whole instructions are held out, by a hash of their text: none of their rows is ever trained on. Of a trained
-instruction, a share of the rows is kept back, so that ``seen`` has fresh inputs. Nothing is dropped: rows are as long
-as the longest, one token per character.
+Whole instructions are held out, ranked by a hash of their text: none of their rows is ever trained on. Of a trained
+instruction, a share of the rows is kept back, so that ``seen`` has fresh inputs; one with a single input has none to
+spare, and is tested on that. Nothing is dropped: rows are as long as the longest, one token per character.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.fields import STATIC, TABLE, field
-from instrdiv.tasks.conditions import Condition, held_out
+from instrdiv.tasks.conditions import Condition, of_the_prompt
 from instrdiv.tasks.instructions import Instructions, TooFew, as_opaque
 from instrdiv.tasks.task import Example, Sizes, Task, register
 from instrdiv.tasks.tokens import FIRST_TOKEN, SPECIAL, answer_tokens, prompt_tokens
@@ -152,7 +152,7 @@ class JsonSource:
         return "lower --tests and --dev_tests, or bring more data"
 
     def _side(self, held_out: bool) -> list[str]:
-        """Of every instruction, by its hash, for ever: at least two are held out, and one is not."""
+        """The texts of one side, ranked by their hashes: at least two are held out, and one is not."""
         texts = list(read_corpus(self.data).rows)
         order = _order(texts, self.split_seed, "split")
         count = min(max(2, round(self.held_out_share * len(texts))), len(texts) - 1)
@@ -192,7 +192,7 @@ class JsonSource:
         turns = [(text, rows[text][turn]) for turn in range(most) for text in texts if turn < len(rows[text])]
         if len(turns) < count:
             raise TooFew(f"{count} held-out rows were asked for, but {len(texts)} of the held-out instructions, which "
-                         f"is all for this split, have only {len(turns)}")  # fmt: skip
+                         f"is all for this split, have only {len(turns)}", len(turns))  # fmt: skip
         return self._table([(text, [row], 0) for text, row in turns[:count]])
 
     def _split(self, rows: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
@@ -235,7 +235,7 @@ class JsonSource:
 
 def _of_the_prompt(setting: Any) -> list[Condition]:
     """Held-out instructions as they are, and blanked. (What another one would make of an input, no file says.)"""
-    return [Condition("held_out", held_out), Condition("rule_blanked", held_out, prompt="blanked")]
+    return [condition for condition in of_the_prompt(setting) if condition.prompt != "shuffled"]
 
 
 @register

@@ -9,10 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from instrdiv.runtime.errors import BadInput
-from instrdiv.tasks.task import TASKS, Task
-
-#: name -> the module that registers it.
-BUILT_IN = {"rewriting": "instrdiv.tasks.strings.rewriting", "jsonl": "instrdiv.tasks.jsonl"}
+from instrdiv.tasks.task import BUILT_IN, TASKS, Task
 
 
 def find_task(name: str) -> type[Task] | None:

@@ -206,11 +206,19 @@ class Task:
 
     @staticmethod
     def common_shape(shapes: Sequence[Any]) -> Any:
-        """The smallest shape that holds examples of all of these."""
+        """The smallest shape that holds examples of all of these: the largest of each size.
+
+        Raises NotImplementedError where a subclass of ``Sizes`` would get a shape that none of these is: only the task
+        knows how its own sizes go together.
+        """
         columns = {f.name: [getattr(shape, f.name) for shape in shapes] for f in dataclasses.fields(shapes[0])}
         largest = {name: max(values) for name, values in columns.items()}
         largest["ragged"] |= len(set(columns["prompt"])) > 1
-        return dataclasses.replace(shapes[0], **largest)
+        common = dataclasses.replace(shapes[0], **largest)
+        alike = (dataclasses.replace(shape, ragged=common.ragged) for shape in shapes)
+        if type(common) is not Sizes and common not in alike:
+            raise NotImplementedError("common_shape: say what shape holds examples of " + ", ".join(map(str, shapes)))
+        return common
 
     # What is known of tests, and of answers.
 
@@ -315,12 +323,16 @@ class Task:
 
 #: The tasks that config.json may name.
 TASKS: dict[str, type[Task]] = {}
+#: Those of this package: name -> the module that registers it.
+BUILT_IN = {"rewriting": "instrdiv.tasks.strings.rewriting", "jsonl": "instrdiv.tasks.jsonl"}
 
 
 def register(task: type[Task]) -> type[Task]:
     """Makes a task known by its name; a class decorator."""
     if not task.__dict__.get("name"):
         raise ValueError(f"{task.__name__}: a task needs a name")
+    if BUILT_IN.get(task.name, task.__module__) != task.__module__:
+        raise ValueError(f"{task.__name__}: there is another task called {task.name}, {BUILT_IN[task.name]}")
     known = TASKS.get(task.name)
     if known is not None and (known.__module__, known.__qualname__) != (task.__module__, task.__qualname__):
         raise ValueError(f"{task.__name__}: there is another task called {task.name}, {known.__module__}")

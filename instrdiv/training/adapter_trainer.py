@@ -139,11 +139,6 @@ class AdapterTrainer:
             # Not aliased: the buffers are donated to the first chunk.
             self.state = jax.device_put(state, self._by_member, may_alias=False)
 
-    @property
-    def weights(self) -> Any:
-        """Of the base."""
-        return self.model.weights
-
     def _placed(self, leaf: Any) -> jax.Array:
         """A weight where it lies, if that is on the mesh; else a copy on every device of it."""
         on_mesh = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(self.mesh.devices.flat)

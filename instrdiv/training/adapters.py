@@ -1,4 +1,4 @@
-"""Training a population of adapters over one frozen base: the step, the compiled chunk, and the trainer.
+"""Training a population of adapters over one frozen base: its state and its step.
 
 All members go through the model together: their rows lie one after another in one batch, the base's products run over
 all of it, and only the thin products of LoRA are a member's own. Gradients are taken of the adapters alone; the base's

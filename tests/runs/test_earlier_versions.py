@@ -21,6 +21,7 @@ from instrdiv.reports.report import write_report
 from instrdiv.runs.run import run
 from instrdiv.runs.saved import SavedRun
 from instrdiv.runtime.tables import read_cells, read_table, write_table
+from tests.tasks import letter_order
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "fig2a"
 FLAGS = ("--preset=smoke", "--seeds=1", "--config.width=16", "--config.layers=1", "--tests=32", "--dev_tests=16",
@@ -75,6 +76,14 @@ def test_the_same_command_reads_it_back_and_writes_its_report(here, capsys):
     assert (here / "figure.png").exists()
     page = (here / "report.html").read_text()
     assert "verdict" in page and "has-op" in page
+
+
+def test_a_run_of_another_task_is_another_run(here, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in here.iterdir()}
+    assert launch(letter_order.FIGURE, ["--preset=smoke", f"--run_dir={here}"]) == 2
+    error = capsys.readouterr().err
+    assert "task (rewriting there, letter_order asked for)" in error and error.count("\n") == 1
+    assert {path.name: path.stat().st_mtime_ns for path in here.iterdir()} == before
 
 
 def test_it_is_shown_evaluated_and_exported(here, tmp_path, capsys):

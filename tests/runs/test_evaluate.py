@@ -24,12 +24,12 @@ from instrdiv.runs.saved import SavedRun
 from instrdiv.runtime.checkpoints import Schedule
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.tables import read_cells
-from instrdiv.tasks.conditions import Subject
+from instrdiv.tasks.conditions import Condition, Subject
 from instrdiv.tasks.counts import rule_counts
 from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.tasks.strings.mistakes import MISTAKES
 from instrdiv.tasks.strings.rewriting import SLICES
-from instrdiv.tasks.strings.suites import SUITES
+from instrdiv.tasks.strings.suites import SUITES, unseen_pattern
 from tests.experiments.test_launchers import command
 from tests.worlds import members, tiny, trainer
 
@@ -238,6 +238,15 @@ class TestEvaluation:
             assert texts(prompts.shown[0], 6) == texts(prompts.rules[0], 6)
         rules = texts(shuffled.rules[0], 6)
         assert texts(shuffled.shown[0], 6) == [*rules[1:], rules[0]]
+
+    def test_slices_of_what_was_trained_are_counted(self, saved):
+        condition = Condition("related", unseen_pattern, slices=("all", "replacement_seen", "pattern_seen"))
+        found = evaluate(saved, {"related": lambda setting: [condition]}, options=ONE_DEVICE)
+        tests = collections.defaultdict(list)
+        for row in found.results:
+            tests[row["slice"]].append(row["tests"])
+        assert tests["related/all"] == tests["related/replacement_seen"] and len(tests["related/all"]) == 2
+        assert "related/pattern_seen" not in tests and len(found.left_out) == 2
 
     def test_members_share_rules_and_inputs(self, saved, everything):
         for name, rows in by_slice(everything.samples).items():

@@ -12,15 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrdiv.config.presets import Setting
-from instrdiv.config.settings import Member, TaskSetting, setting_of
+from instrdiv.config.settings import TAKEN_COLUMNS, TAKEN_PARTS, Member, TaskSetting, setting_of
 from instrdiv.config.sizes import SMOKE
+from instrdiv.evaluation import rows
 from instrdiv.runtime.errors import BadInput
-from instrdiv.tasks.conditions import Subject
+from instrdiv.runtime.fields import TABLE, field
+from instrdiv.tasks.conditions import Subject, held_out
 from instrdiv.tasks.instructions import DrawnSource, Instructions, TooFew, take, take_tests
 from instrdiv.tasks.jsonl import JsonLines
-from instrdiv.tasks.known import BUILT_IN, find_task, load_file
+from instrdiv.tasks.known import find_task, load_file
 from instrdiv.tasks.strings.rewriting import Rewriting
-from instrdiv.tasks.task import TASKS, Sizes, Task, register, task_of
+from instrdiv.tasks.task import BUILT_IN, TASKS, Sizes, Task, register, task_of
 from instrdiv.tasks.tokens import END, FIRST_TOKEN, PAD, SEPARATOR, answer_tokens, blank_instruction, prompt_tokens
 from tests.tasks.letter_order import LetterOrder, Orders
 
@@ -154,7 +156,7 @@ class TestInstructions:
 
 @dataclasses.dataclass(frozen=True)
 class Wider(Sizes):
-    """Sizes with one of a task's own."""
+    """Sizes with one of a task's own, on which the prompt depends, perhaps."""
 
     order: int = 4
 
@@ -163,16 +165,24 @@ class TestCommonShape:
     @given(st.lists(st.tuples(*[st.integers(1, 30)] * 3, st.booleans(), st.integers(1, 9)), min_size=1, max_size=4))
     @A_FEW
     def test_it_is_the_largest_of_each_and_ragged_where_prompts_differ(self, shapes):
-        made = [Wider(v, p, a, ragged, order=o) for v, p, a, ragged, o in shapes]
+        made = [Sizes(v, p, a, ragged, size) for v, p, a, ragged, size in shapes]
         common = Task.common_shape(made)
-        assert isinstance(common, Wider) and common.sequence == common.prompt + common.answer + 1
+        assert isinstance(common, Sizes) and common.sequence == common.prompt + common.answer + 1
         for place, name in enumerate(("vocabulary", "prompt", "answer")):
             assert getattr(common, name) == max(shape[place] for shape in shapes)
-        assert common.order == max(shape[4] for shape in shapes)
+        assert common.instruction_bytes == max(shape[4] for shape in shapes)
         assert common.ragged == (any(shape[3] for shape in shapes) or len({shape[1] for shape in shapes}) > 1)
 
     def test_one_shape_is_itself(self):
         assert Task.common_shape([Sizes(9, 5, 3)]) == Sizes(9, 5, 3)
+
+    def test_sizes_of_a_tasks_own_are_not_mixed(self):
+        """How they go together, only the task knows; one that holds all others is theirs."""
+        small, large = Wider(9, 5, 3), Wider(9, 7, 3, order=6)
+        assert Task.common_shape([small, small]) == small
+        assert Task.common_shape([small, large]) == dataclasses.replace(large, ragged=True)
+        with pytest.raises(NotImplementedError, match="common_shape: say what shape"):
+            Task.common_shape([Wider(9, 7, 3, order=2), Wider(9, 5, 3, order=6)])
 
 
 class TestTokens:
@@ -298,6 +308,30 @@ def test_held_out_instructions_that_were_trained_or_come_twice_are_not_tested():
     assert Task.relation(trained, tested).shape == (4, 0)
 
 
+class TestHeldOut:
+    """What suites test of a task whose instructions are drawn."""
+
+    def subject(self, tests=16, dev_tests=16, **changes):
+        own = SMOKE.with_task(LetterOrder(), instructions=4)
+        member = Member(own, 0)
+        return Subject(member, dataclasses.replace(own, **changes), member.setting.source.pool(0, 4), dev_tests, tests)
+
+    @pytest.mark.parametrize("changes", [{}, {"longest": 9}, {"backwards": True}])
+    def test_none_that_was_tuned_on_is_tested(self, changes):
+        subject = self.subject(**changes)
+        tuned_on = take_tests(subject.member.setting.source, 16, 0)[0]
+        tested = held_out(subject)
+        assert len(tested) == 16 and not {*orders_of(tested)} & {*orders_of(tuned_on)}
+        if not changes:
+            assert orders_of(tested) == orders_of(take_tests(subject.setting.source, 16, 16)[1])
+
+    def test_as_many_as_there_are_are_tested(self):
+        """Of 720 orders, 128 are held out."""
+        for changes in ({}, {"longest": 9}):
+            tested = held_out(self.subject(tests=2000, **changes))
+            assert 90 < len(tested) < 160 and len({*orders_of(tested)}) == len(tested)
+
+
 def test_a_subjects_trained_instructions_are_those_with_an_example():
     setting = SMOKE.with_task(LetterOrder(), instructions=40, examples=64, tail_shape=0.02)
     member = Member(setting, 0)
@@ -330,6 +364,41 @@ class TestTasks:
 
         with pytest.raises(ValueError, match="Nameless: a task needs a name"):
             register(Nameless)
+
+    def test_the_names_of_this_packages_tasks_are_taken(self):
+        @dataclasses.dataclass(frozen=True)
+        class Impostor(Task):
+            name = "jsonl"
+
+        with pytest.raises(ValueError, match=r"Impostor: there is another task called jsonl, instrdiv\.tasks\.jsonl"):
+            register(Impostor)
+
+    @pytest.mark.parametrize(
+        "made, said",
+        [
+            ({"field": ("width", field(5, "letters", kind=TABLE))}, "width is what every task has"),
+            ({"field": ("seed", field(7, "of a shuffle", kind=TABLE))}, "seed is what every task has"),
+            ({"field": ("steps", field(7, "of a machine", kind=TABLE))}, "steps is what every task has"),
+            ({"parts": ("order", "decoded")}, "decoded is what every task has"),
+            ({"field": ("letters", field(5, "letters"))}, "say the kind of letters"),
+            ({"field": ("letters", 5)}, "say the kind of letters"),
+        ],
+        ids=["shared field", "column", "property", "part", "no kind", "no field"],
+    )
+    def test_fields_and_parts_have_names_of_their_own_and_a_kind(self, made, said):
+        of_class = {"name": "odd", "__annotations__": {}}
+        if "field" in made:
+            name, value = made["field"]
+            of_class |= {name: value, "__annotations__": {name: "int"}}
+        if "parts" in made:
+            of_class["parts"] = made["parts"]
+        odd = dataclasses.dataclass(frozen=True)(type("Odd", (Task,), of_class))
+        with pytest.raises(ValueError, match=f"^Odd: {said}"):
+            setting_of(odd)
+
+    def test_no_column_of_the_tables_is_left_to_tasks(self):
+        assert {*rows.IDENTITY, *rows.DERIVED, *rows.ERROR_COLUMNS} <= {*TAKEN_COLUMNS, "error", "count"}
+        assert {*rows.sample_columns(LetterOrder)} <= {*TAKEN_COLUMNS, *TAKEN_PARTS, *LetterOrder.parts}
 
     def test_a_table_says_what_it_is_about_by_its_columns(self):
         for setting in (Setting(), SMOKE.with_task(LetterOrder()), SMOKE.with_task(JsonLines())):
