@@ -258,7 +258,7 @@ class TestTable1:
                 return 0.0
             return mixture if len(trained) > 1 else 0.9 * len(set(trained) & set(tested)) / len(tested)
 
-        names = [f"{condition.name}/{slice}" for condition in conditions for slice in condition.slices]
+        names = [f"{condition.name}/{slice}" for condition in conditions for slice in condition.slices or ("has_op",)]
         return table(sweep, world, ("unseen",), names)
 
     def test_the_matrix(self, flags, tmp_path, monkeypatch):

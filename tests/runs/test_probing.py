@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from instrdiv.config.groups import make_groups
-from instrdiv.config.layout import Options
+from instrdiv.config.layout import Layout, Options
 from instrdiv.config.pools import RulePools
 from instrdiv.config.settings import Member
 from instrdiv.config.sweep import Sweep
@@ -130,7 +130,7 @@ class TestBlock:
         rates.update(made_up)
         both, said = sweep(instructions=[4, 16]), []
         choice = choose_block(both.members, Options(1), RulePools(both.members), said.append)
-        assert (choice.options, list(choice.rates)) == (Options(1, 1, best, "plain"), [1, 2, 3, 6][:tried])
+        assert (choice.layout, list(choice.rates)) == (Layout(1, 1, best, "plain"), [1, 2, 3, 6][:tried])
         assert said[1] == "probing group g0: 2 member(s) at a time"
         assert choice.text.startswith(f"members_per_vmap={best} chosen by a probe: examples/s 100 by 1, 200 by 2")
         assert choice.text.endswith("; 3 need 9 GB of 8 GB a device") == (3 not in made_up)
@@ -151,7 +151,7 @@ class TestBlock:
         three = sweep()
         choice = choose_block(three.members, Options(2), RulePools(three.members))
         assert choice.rates == {size: 3 * TINY.chunk_steps * TINY.batch_size / 0.5 for size in (1, 2)}
-        assert choice.options == Options(2, 1, 1, "plain")
+        assert choice.layout == Layout(2, 1, 1, "plain")
 
     @pytest.mark.parametrize("failure", ["account", "attempt"])
     def test_a_block_that_does_not_fit_ends_the_search(self, monkeypatch, failure):
