@@ -172,7 +172,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
 
 FULL = """
 import resource, sys
-from instrdiv.checkpoints import quieten_orbax
+from instrdiv.runtime.checkpoints import quieten_orbax
 quieten_orbax()  # as the commands do
 from tests.runtime.test_checkpoints import Checkpoints, BadInput, save, state, RECORD
 checkpoints = Checkpoints(__import__("pathlib").Path(sys.argv[1]))

@@ -30,7 +30,7 @@ time.sleep(60)
 #: Runs Python with the arguments it was given, and says how that ended.
 RUNNER = """
 import sys
-from instrdiv.processes import Commands
+from instrdiv.runtime.processes import Commands
 with Commands() as running:
     ended = running.run([sys.executable, *sys.argv[1:]])
 print("ended", ended.text, list(ended.last_lines), running.stop)
@@ -65,7 +65,7 @@ def test_a_command_that_a_signal_ended_says_which(capfdbinary):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_progress_bar_sees_a_terminal_where_there_is_one(terminal):
     bar = (
-        "import time; from instrdiv.progress import Reporter\n"
+        "import time; from instrdiv.runtime.progress import Reporter\n"
         "with Reporter(100) as r:\n"
         "    for i in range(4): r.report(25, None, 1, [i / 4], f'step {i}'); time.sleep(0.4)\n"
         "    r.note('a note')\n"
