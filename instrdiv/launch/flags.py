@@ -185,6 +185,8 @@ def define_setting_flags(
         if field.name in swept:
             if isinstance(parser, ListParser):  # commas are between the lists now
                 parser = ListParser(parser.item, separators="+")
+            if isinstance(parser, _Bounded):  # ``check_fields`` names the one value that is out of bounds
+                parser = parser.parser
             parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
         default = "" if "(default: " in text else " (default: the preset's)"
         define(values, parser, f"config.{field.name}", text + default)

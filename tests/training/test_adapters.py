@@ -231,7 +231,7 @@ def test_the_base_is_an_argument_and_is_held_once():
     lowered = one.program.lower(*one.chunk_arguments())
     text = lowered.as_text()
     assert 'stablehlo.constant dense<"0x' not in text.replace("dense_resource", 'dense<"0x')
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(one.weights))
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(one.model.weights))
     others = sum(leaf.nbytes for leaf in jax.tree.leaves((one.data, one.state, one.chunk_arguments()[-1])))
     assert lowered.compile().memory_analysis().argument_size_in_bytes <= base + others + 4096
 
@@ -253,7 +253,7 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
     assert one.size % mesh.shape["member"] == 0
     np.testing.assert_allclose(mean_losses(metrics)[:, :3], mean_losses(together[0]), atol=1e-4)
     assert jax.tree.leaves(one.state.adapters)[0].sharding.spec == P("member")
-    kernel = one.weights["layers"]["up_proj"]["kernel"]
+    kernel = one.model.weights["layers"]["up_proj"]["kernel"]
     parts = tensor_parallel * (devices // tensor_parallel if fsdp else 1)
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
     if fsdp and tensor_parallel == 1:
@@ -261,7 +261,7 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
         new = trainer(mesh=mesh, weights=weights)
         text = new.program.lower(*new.chunk_arguments()).compile().as_text()
         gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
-        stacked = {",".join(map(str, one.weights["layers"][name]["kernel"].shape)) for name in BLOCK_LINEAR}
+        stacked = {",".join(map(str, one.model.weights["layers"][name]["kernel"].shape)) for name in BLOCK_LINEAR}
         assert "16,24" in gathered and "2,16,24" in stacked and not stacked & set(gathered)
 
 
@@ -273,7 +273,7 @@ def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
     metrics, one = trained(MEMBERS[:1], DATA[:1], weights=eight)
     expected, _ = trained(MEMBERS[:1], DATA[:1], weights=meant)
     np.testing.assert_allclose(metrics.losses, expected.losses, rtol=1e-4)
-    assert one.weights["layers"]["q_proj"]["kernel"].values.dtype == jnp.int8
+    assert one.model.weights["layers"]["q_proj"]["kernel"].values.dtype == jnp.int8
     assert np.abs(metrics.losses - trained(MEMBERS[:1], DATA[:1])[0].losses).max() > 1e-3
 
 
