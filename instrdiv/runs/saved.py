@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,8 @@ class SavedRun:
     @classmethod
     def at(cls, path: Path | str) -> SavedRun | None:
         """The run in a directory; None where it holds none. Raises BadInput where config.json is damaged."""
-        return cls(path) if (Path(path) / "config.json").is_file() else None
+        # Not Path.is_file, which raises for a name that is too long: ``RunDirectory.check`` says that better.
+        return cls(path) if os.path.isfile(Path(path) / "config.json") else None
 
     @property
     def devices(self) -> int:
