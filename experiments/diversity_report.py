@@ -29,7 +29,14 @@ from instrdiv.data.mixtures import Mixture
 from instrdiv.data.schemas import SCHEMAS, TextRow
 from instrdiv.data.sources import read_rows, read_sources
 from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, define_enum, define_switch, start
-from instrdiv.reports.diversity_report import FILES, MIXTURE_COLUMNS, draw, write_cleaning, write_report, write_tables
+from instrdiv.reports.diversity_report import (
+    FILES,
+    MIXTURE_COLUMNS,
+    draw,
+    write_cleaning,
+    write_diversity_report,
+    write_tables,
+)
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.files import write_json
 from instrdiv.runtime.progress import telling
@@ -154,7 +161,7 @@ def main(values: FlagValues) -> None:
         write_table(run_dir / "mixture.csv", places, MIXTURE_COLUMNS)
     write_tables(run_dir, found, used)
     draw(run_dir, values.text, values.map)
-    report = write_report(run_dir)
+    report = write_diversity_report(run_dir)
     print(summary(found.scores))
     print(f"report: {report}   picture: {run_dir / 'figure.png'}   table: {run_dir / 'diversity.csv'}")
 

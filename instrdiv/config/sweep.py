@@ -33,7 +33,7 @@ class Sweep:
 
         ``base`` says all other fields, and the task; by default it is ``Setting()``, of string rewriting.
 
-        Raises BadInput for a name that is no field, or a value where a list of values is meant.
+        Raises BadInput for a name that is not a field, or a single value where a list is expected.
 
         >>> len(Sweep.grid(Setting(examples=4096), seeds=3, instructions=[16, 256, 4096]).members)
         9

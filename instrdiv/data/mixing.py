@@ -49,7 +49,7 @@ class MixingSetting:
 
 @dataclasses.dataclass(frozen=True)
 class MixedData:
-    """What members are trained on, and asked in the end.
+    """What the members are trained on and tested on.
 
     Attributes:
       chosen: the rows of every member, by (mixture, seed), in the order of the members.

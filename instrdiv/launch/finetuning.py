@@ -147,7 +147,7 @@ class FineTuningFigure:
     Attributes:
       name: as in the tables.
       presets: by name; each has its ``tuning``.
-      study: what was asked -> what is to be done. Raises BadInput for what cannot be, before a base is trained.
+      study: what was asked for -> what to do. Raises BadInput for an impossible request before a base is trained.
       draw: (rows of results.csv, those of base.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``.
       claims: what the papers say, checked on the rows of results.csv; None where nothing can be checked, and
         ``unjudged`` says why.

@@ -116,7 +116,7 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
     plots.save(figure, caption, run_dir / "figure")
 
 
-def write_report(run_dir: Path) -> Path:
+def write_diversity_report(run_dir: Path) -> Path:
     """Writes report.html from the files of a finished report, and returns its path.
 
     Raises:

@@ -109,7 +109,7 @@ def _choose(saved: SavedRun, members: Sequence[str] | None) -> list[tuple[Group,
     unknown = [name for name in members or () if name not in known]
     if unknown:
         listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
-        raise BadInput(f"--members={unknown[0]}: is no member of {saved.path}; its members are {listed}")
+        raise BadInput(f"--members={unknown[0]}: is not a member of {saved.path}; its members are {listed}")
     chosen = []
     for group in saved.groups:
         rows = [row for row, member in enumerate(group.members) if members is None or member.id in members]

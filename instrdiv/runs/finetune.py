@@ -31,7 +31,7 @@ from instrdiv.models.llama import Adapters, Model
 from instrdiv.models.llama_config import ModelConfig
 from instrdiv.models.lora import Adapter
 from instrdiv.runtime.checkpoints import Checkpoints, Schedule, does_not_fit, named_leaves
-from instrdiv.runtime.directories import begun, check_usable, clear_errors
+from instrdiv.runtime.directories import another_run, begun, check_usable, clear_errors
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.files import plain
 from instrdiv.runtime.interruption import StopRequest
@@ -306,8 +306,7 @@ def _same_run(path: Path, said: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / 'config.json'} cannot be read ({error}); --overwrite starts anew") from None
     if differ:
-        raise BadInput(f"--run_dir={path}: holds another run, which differs in {', '.join(differ[:8])}; "
-                       "choose another directory, or --overwrite to start anew")  # fmt: skip
+        raise another_run(path, differ[:8])
     return there
 
 

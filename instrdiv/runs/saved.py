@@ -20,7 +20,7 @@ from instrdiv.config.settings import DEFAULT_TASK, Member, TaskSetting, setting_
 from instrdiv.config.sweep import Sweep
 from instrdiv.evaluation.rows import ERROR_COLUMNS, result_columns, sample_columns
 from instrdiv.runtime.checkpoints import Checkpoints, Damaged
-from instrdiv.runtime.directories import begun, check_usable, clear_errors, locked
+from instrdiv.runtime.directories import another_run, begun, check_usable, clear_errors, locked
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.files import plain
 from instrdiv.runtime.provenance import Provenance
@@ -55,12 +55,12 @@ class Cohort:
     """Members that were launched together, and their layout. Those added later form a cohort of their own.
 
     Attributes:
-      members, options: the layout has no choice left open.
+      members, layout: of all its groups.
       block_rates: where a probe chose ``members_per_vmap``: examples a second of each size that it tried.
     """
 
     members: tuple[Member, ...]
-    options: Layout
+    layout: Layout
     block_rates: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
@@ -84,8 +84,8 @@ def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Layout]]:
     """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
     groups: list[tuple[Group, Layout]] = []
     for cohort in cohorts:
-        made = make_groups(cohort.members, len(groups), cohort.options.attention)
-        groups += [(group, cohort.options) for group in made]
+        made = make_groups(cohort.members, len(groups), cohort.layout.attention)
+        groups += [(group, cohort.layout) for group in made]
     return groups
 
 
@@ -130,7 +130,7 @@ class SavedRun:
     @property
     def devices(self) -> int:
         """The most devices that it was laid out on."""
-        return max(cohort.options.devices for cohort in self.cohorts)
+        return max(cohort.layout.devices for cohort in self.cohorts)
 
     def checkpoints(self, group: Group, say: Callable[[str], None] = lambda line: None) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints" / group.name, say)
@@ -238,12 +238,11 @@ class RunDirectory(SavedRun):
         run = there or SavedRun(path)
         differ = _differences(run, sweep, options)
         if differ:
-            raise BadInput(f"--run_dir={path}: holds another run, which differs in {', '.join(differ)}; "
-                           "choose another directory, or --overwrite to start anew")  # fmt: skip
+            raise another_run(path, differ)
         there_already = {member.id for member in run.sweep.members}
         new = tuple(member for member in sweep.members if member.id not in there_already)
         # Members that come later are computed as those that are there, or a figure would mix two ways.
-        options = dataclasses.replace(options, attention=options.attention or run.cohorts[0].options.attention)
+        options = dataclasses.replace(options, attention=options.attention or run.cohorts[0].layout.attention)
         return [*run.cohorts, Cohort(new, options.resolve(new))] if new else run.cohorts
 
     @classmethod
@@ -319,7 +318,7 @@ def _read_cohort(there: dict[str, Any], settings: type[TaskSetting]) -> Cohort:
 def _write_cohort(cohort: Cohort) -> dict[str, Any]:
     members = [{"id": m.id, "seed": m.seed, **m.setting.as_row()} for m in cohort.members]
     probed = {"block_rates": cohort.block_rates} if cohort.block_rates else {}
-    return plain(dataclasses.asdict(cohort.options) | probed | {"members": members})
+    return plain(dataclasses.asdict(cohort.layout) | probed | {"members": members})
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -348,7 +347,7 @@ def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
         if getattr(run.sweep, name) != getattr(sweep, name)
     ]
     for name, value in dataclasses.asdict(options).items():
-        kept = {getattr(cohort.options, name) for cohort in run.cohorts}
+        kept = {getattr(cohort.layout, name) for cohort in run.cohorts}
         if value not in (None, getattr(Options(), name)) and kept != {value}:
             differ.append(f"{name} ({', '.join(map(str, sorted(kept)))} there, {value} asked for)")
     asked = {member.id for member in sweep.members}

@@ -248,7 +248,7 @@ class Checkpoints:
 
 
 def does_not_fit(path: Path, step: int, error: Exception) -> BadInput:
-    """For a checkpoint whose state is another than what is to be trained."""
+    """The error for a checkpoint whose state does not match the run that would resume from it."""
     return BadInput(
         f"{path}: the checkpoint of step {step} does not fit: {error}; "
         "use the version that provenance.json names, or --overwrite to start anew"

@@ -34,6 +34,12 @@ def check_usable(path: Path) -> bool:
     return bool(there)
 
 
+def another_run(path: Path, differ: Sequence[str]) -> BadInput:
+    """For a directory that holds a run other than the one asked for; ``differ`` says in what, with both values."""
+    return BadInput(f"--run_dir={path}: holds another run, which differs in {', '.join(differ)}; "
+                    "choose another directory, or --overwrite to start anew")  # fmt: skip
+
+
 def _check_writable(path: Path) -> None:
     """Raises BadInput or OSError unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
     nearest = path

@@ -38,7 +38,7 @@ class RowTable(Instructions):
       answers, answer_lengths: [N, E, A] and int32 [N, E].
       trained: int32 [N], how many of the rows, the first ones, may be trained on.
       rows: int32 [N], how many there are.
-      corpus: uint8 [N, 8], digest of the whole file: a run goes on with the very rows that it began with.
+      corpus: uint8 [N, 8], digest of the whole file, so that a run resumes only with the rows it began with.
     """
 
     text: np.ndarray

@@ -26,7 +26,7 @@ from instrdiv.tasks.instructions import (
     Instructions,
     Source,
 )
-from instrdiv.tasks.tokens import END, PAD, SEPARATOR, before_end
+from instrdiv.tasks.tokens import PAD, SEPARATOR, before_end, compare_answers
 
 
 class Shape(Protocol):
@@ -252,10 +252,8 @@ class Task:
           instructions, inputs: trees of numpy arrays [N, ...].
           right, decoded: tokens [N, A + 1]: answer, end token, padding; what lies past the end is ignored.
         """
-        lengths = [np.logical_and.accumulate(tokens != END, axis=1).sum(1) for tokens in (right, decoded)]
-        beyond = np.arange(right.shape[1]) > lengths[0][:, None]
-        is_right = ((right == decoded) | beyond).all(1)
-        return np.select([is_right, lengths[0] != lengths[1]], [-1, 0], 1).astype(np.int8)
+        right_length, decoded_length, is_right = compare_answers(right, decoded)
+        return np.select([is_right, right_length != decoded_length], [-1, 0], 1).astype(np.int8)
 
     # Words for people.
 

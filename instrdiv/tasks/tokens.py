@@ -65,6 +65,18 @@ def before_end(tokens: np.ndarray) -> np.ndarray:
     return tokens[: ends[0]] if len(ends) else tokens
 
 
+def compare_answers(right: np.ndarray, decoded: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of right and decoded answers, tokens [N, A + 1]: both lengths, int [N], and whether they agree, bool [N].
+
+    An answer ends before its first end token, or never; what lies past the right one's end is ignored.
+    """
+    right_length, decoded_length = (
+        np.logical_and.accumulate(tokens != END, axis=1).sum(1) for tokens in (right, decoded)
+    )
+    beyond = np.arange(right.shape[1]) > right_length[:, None]
+    return right_length, decoded_length, ((right == decoded) | beyond).all(1)
+
+
 def blank_instruction(prompt: jax.Array) -> jax.Array:
     """A prompt [P] in which everything before its last part, the input, is padding; separators stay."""
     separators_left = (prompt == SEPARATOR)[::-1].cumsum()[::-1]

@@ -1,4 +1,4 @@
-"""A population of adapters on a mesh: what is to be trained, the trainer that advances it, and trained ones in use."""
+"""A population of adapters on a mesh: the job, the trainer that advances it, and trained adapters in use."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ all of it, and only the thin products of LoRA are a member's own. Gradients are 
 weights are an argument of the program, held once, however many members there are.
 
 The loss of a member is the mean over the response tokens of its batch, each predicted from the place before. A batch
-may go through the model in several parts (``microbatch_size``): sums are added up and divided in the end, so the result
-is that of the whole batch, however the tokens are spread over its parts.
+may go through the model in several parts (``microbatch_size``): the sums are accumulated and divided once, so the
+result is that of the whole batch, however the tokens are spread over its parts.
 """
 
 from __future__ import annotations

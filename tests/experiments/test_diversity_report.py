@@ -123,7 +123,7 @@ def test_names_and_texts_come_out_as_text(tmp_path):
     diversity_report.write_cleaning(tmp_path, rows, [Dropped(rows[EVIL][0], "contamination", rows["7"][0], EVIL)])
     write_json(tmp_path / "provenance.json", {"command": ["x"], "versions": {}, "devices": [], "asked": {"data": EVIL}})
     diversity_report.draw(tmp_path, "instruction", "pca")
-    page = Page(diversity_report.write_report(tmp_path).read_text())
+    page = Page(diversity_report.write_diversity_report(tmp_path).read_text())
     assert not page.all("script") and page.text.count(EVIL) > 5
     assert [row[0] for row in page.table("source", "texts")] == [EVIL, "7", "all"]
 

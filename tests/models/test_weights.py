@@ -13,26 +13,13 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from instrdiv.models.llama import BLOCK_LINEAR, Model, Quantised, Rows, hidden, logits
-from instrdiv.models.llama_config import ModelConfig, Rope
+from instrdiv.models.llama_config import ModelConfig
 from instrdiv.models.weights import leaves, partition_specs, quantise, read_weights, write_weights
 from instrdiv.runtime.errors import BadInput
+from tests import adapters as worlds
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=40,
-    width=16,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    norm_epsilon=1e-6,
-    rope=Rope(),
-    max_positions=64,
-    windows=(None, None, None),
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
+CONFIG = dataclasses.replace(
+    worlds.CONFIG, layers=3, windows=(None, None, None), qkv_bias=True, output_bias=True, mlp_bias=True
 )
 QWEN = dataclasses.replace(
     CONFIG, architecture="Qwen2ForCausalLM", output_bias=False, mlp_bias=False, tied_head=True, end_tokens=(3, 7)

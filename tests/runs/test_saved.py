@@ -168,14 +168,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused(whole, tmp_path, monkeypatch)
         run(sweep(), path, **EVERY_CHUNK)
 
 
+def edited(whole, path, **layout):
+    """A copy of a run whose config.json lays out its cohort otherwise."""
+    shutil.copytree(whole, path)
+    config = json.loads((path / "config.json").read_text())
+    config["cohorts"][0] |= layout
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def test_an_edited_layout_is_followed(whole, tmp_path):
     """Another number of devices: idle members come or go, and rows stay those of the members."""
-    path = tmp_path / "run"
-    shutil.copytree(whole, path)
+    path = edited(whole, tmp_path / "run", devices=3)
     (path / "results.csv").unlink()
-    config = json.loads((path / "config.json").read_text())
-    config["cohorts"][0] |= {"devices": 3}
-    (path / "config.json").write_text(json.dumps(config))
     for step in ("16", "12"):
         shutil.rmtree(path / "checkpoints" / "g0" / step)
     run(sweep(), path, Options(), progress=False, keep_params=False)
@@ -195,36 +200,24 @@ def test_a_run_older_than_a_way_to_compute_attention_goes_on(whole, tmp_path):
 
 
 def test_members_that_come_later_are_computed_as_those_that_are_there(whole, tmp_path, monkeypatch):
-    path = tmp_path / "run"
-    shutil.copytree(whole, path)
-    config = json.loads((path / "config.json").read_text())
-    config["cohorts"][0]["attention"] = "cudnn"
-    (path / "config.json").write_text(json.dumps(config))
+    path = edited(whole, tmp_path / "run", attention="cudnn")
     monkeypatch.setattr(Options, "_check_attention", lambda *args: None)
     *_, cohort = RunDirectory.check(path, sweep(seeds=3), Options(), overwrite=False)
-    assert cohort.options.attention == "cudnn" and len(cohort.members) == 2
+    assert cohort.layout.attention == "cudnn" and len(cohort.members) == 2
     with pytest.raises(BadInput, match=r"attention .cudnn there, plain asked for."):
         RunDirectory.check(path, sweep(), Options(attention="plain"), overwrite=False)
 
 
 def test_a_run_on_a_kernel_that_this_machine_lacks_is_one_line(whole, tmp_path):
-    path = tmp_path / "run"
-    shutil.copytree(whole, path)
+    path = edited(whole, tmp_path / "run", attention="cudnn")
     (path / "results.csv").unlink()
-    config = json.loads((path / "config.json").read_text())
-    config["cohorts"][0]["attention"] = "cudnn"
-    (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match="--attention=cudnn: needs an NVIDIA GPU; here is cpu"):
         run(sweep(), path, Options(), progress=False)
 
 
 def test_fewer_devices_than_the_run_was_laid_out_on_are_one_line(whole, tmp_path):
-    path = tmp_path / "run"
-    shutil.copytree(whole, path)
+    path = edited(whole, tmp_path / "run", devices=64)
     (path / "results.csv").unlink()
-    config = json.loads((path / "config.json").read_text())
-    config["cohorts"][0] |= {"devices": 64}
-    (path / "config.json").write_text(json.dumps(config))
     assert SavedRun(path).devices == 64 and SavedRun.at(tmp_path) is None
     with pytest.raises(BadInput, match=r"config.json: lays out group g0 otherwise than .*--devices=64: this machine"):
         run(sweep(), path, progress=False, keep_params=False)

@@ -108,18 +108,6 @@ class Facts:
     near_miss: jax.Array
 
 
-def make_example(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> Example:
-    """The example of one rule and one key; to be used under ``vmap``.
-
-    Args:
-      shape: static sizes.
-      knobs: traced settings, scalars.
-      rule: one rule (no leading axis).
-      key: a typed PRNG key; same key, same example, on every machine and under any batching.
-    """
-    return spell(shape, rule, *make_input(shape, knobs, rule, key))
-
-
 def spell(shape: TaskShape, rule: Rules, text: jax.Array, length: jax.Array, near_miss: jax.Array) -> Example:
     """The example of a rule and an input (see ``make_input``): prompt, answer, and what is known of them."""
     answer, answer_length, found = rewrite_letters(

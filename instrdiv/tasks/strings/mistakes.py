@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from instrdiv.tasks.strings.rules import Rules
-from instrdiv.tasks.tokens import END, FIRST_TOKEN
+from instrdiv.tasks.tokens import FIRST_TOKEN, compare_answers
 
 MISTAKES = ("wrong length", "wrong site", "wrong replacement", "copy error")
 
@@ -32,9 +32,7 @@ def classify(
     """
     text_NxT = text_NxT.astype(np.int16) + FIRST_TOKEN
     pattern_length_N, replacement_length_N = map(np.asarray, (rules.pattern_lengths, rules.replacement_lengths))
-    right_length_N, decoded_length_N = (_letters_before_end(tokens) for tokens in (right_NxA, decoded_NxA))
-    beyond_NxA = np.arange(right_NxA.shape[1]) > right_length_N[:, None]
-    right_N = ((right_NxA == decoded_NxA) | beyond_NxA).all(1)
+    right_length_N, decoded_length_N, right_N = compare_answers(right_NxA, decoded_NxA)
 
     found_NxT = _occurrences(np.asarray(rules.patterns), pattern_length_N, text_NxT, length_N)
     has_op_N, start_N = found_NxT.any(1), found_NxT.argmax(1)
@@ -57,11 +55,6 @@ def classify(
 
     tried = [right_N, decoded_length_N != right_length_N, rewritten_N | unchanged_N, outside_right_N]
     return np.select(tried, [-1, 0, 1, 2], 3).astype(np.int8)
-
-
-def _letters_before_end(tokens_NxA: np.ndarray) -> np.ndarray:
-    """int [N]: tokens before the first end token; all of them where there is none."""
-    return _true_from_the_left(tokens_NxA != END)
 
 
 def _true_from_the_left(array_NxT: np.ndarray) -> np.ndarray:

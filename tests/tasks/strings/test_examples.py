@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from instrdiv.tasks.strings.alphabet import Alphabet
-from instrdiv.tasks.strings.examples import Knobs, TaskShape, _below, _places, make_example
+from instrdiv.tasks.strings.examples import Knobs, TaskShape, _below, _places
+from instrdiv.tasks.strings.rewriting import Rewriting
 from instrdiv.tasks.strings.rules import RuleSource, StringFamily
 
 
@@ -36,7 +37,7 @@ def sample(shape, knobs, table, count, seed=0, jitted={}):  # noqa: B006 - a cac
     if shape not in jitted:
         jitted[shape] = jax.jit(
             lambda knobs, rules, key, rows, index: jax.vmap(
-                lambda row, i: make_example(
+                lambda row, i: Rewriting.example(
                     shape, knobs, jax.tree.map(lambda t: t[row], rules), jax.random.fold_in(key, i)
                 )
             )(rows, index)
