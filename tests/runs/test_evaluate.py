@@ -317,7 +317,7 @@ class TestLauncher:
 
 class TestMistakes:
     def test_each_is_one_clear_line(self, saved):
-        with pytest.raises(BadInput, match=r"--members=nobody: is no member .* are m"):
+        with pytest.raises(BadInput, match=r"--members=nobody: is not a member of .* are m"):
             evaluate(saved, suites("held_out"), ["nobody"])
         with pytest.raises(BadInput, match=r"--step=7: is not saved for group g0; saved are 256, 512"):
             evaluate(saved, suites("held_out"), step=7)
