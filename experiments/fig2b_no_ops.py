@@ -15,7 +15,7 @@ smoke    two CPU cores     half a minute   nothing: it only has to run
 laptop   two CPU cores     8 minutes       the step of figure 2a at every share; three of the five shares
                                            (measured: results/laptop/)
 gpu      one H200          25-50 minutes   not run: time and recipe are extrapolated
-paper    one H200          2-4 days        not run: time is extrapolated; reported by the papers: generalises from about
+paper    one H200          2-4 days        not run: time is extrapolated; reported by the papers: generalizes from about
                                            I = 400 on, and there the share hardly matters
 """
 
@@ -102,7 +102,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
 
 
 def claims(results: Sequence[Row]) -> list[Claim]:
-    """P2: "generalises from about I = 400; the no-op share hardly matters beyond that"."""
+    """P2: "generalizes from about I = 400; the no-op share hardly matters beyond that"."""
     headline = thresholds.select(results, "unseen", "has_op")
     shares = sorted({row["no_op_fraction"] for row in headline})
     of_share = {share: [row for row in results if row["no_op_fraction"] == share] for share in shares}

@@ -193,7 +193,7 @@ def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[
     return [
         Claim(f"many rules hold at every shape (unseen above {high})", min(many.values()) > high,
                          f"I = {most:,}: {listed(many)}"),
-        Claim(f"few rules generalise where they are equally frequent (unseen above {high})", uniform > high,
+        Claim(f"few rules generalize where they are equally frequent (unseen above {high})", uniform > high,
                          f"I = {fewest:,}: {listed(few)}"),
         Claim(f"and collapse where the tail is longest (unseen below {low})", longest < low,
                          f"I = {fewest:,}: {listed(few)}"),

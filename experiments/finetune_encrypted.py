@@ -30,7 +30,7 @@ import numpy as np
 
 from instrdiv.analysis import plots, thresholds
 from instrdiv.analysis.claims import Claim
-from instrdiv.data.packing import Packed, pack, tokenise
+from instrdiv.data.packing import Packed, pack, tokenize
 from instrdiv.data.templates import make_template
 from instrdiv.data.tokenizer import Tokenizer
 from instrdiv.evaluation.statistics import Interval, mean_interval
@@ -122,7 +122,7 @@ def encrypted(member: AdapterMember) -> EncryptedSetting:
 def pack_all(members: Sequence[AdapterMember], tokenizer: Tokenizer) -> list[Packed]:
     """Every member's training set, an example a row, all as long as the longest example."""
     template = make_template("plain", tokenizer)
-    examples = [list(tokenise(training_rows(encrypted(m), m.seed), template, tokenizer)) for m in members]
+    examples = [list(tokenize(training_rows(encrypted(m), m.seed), template, tokenizer)) for m in members]
     longest = max(len(example.tokens) for of_member in examples for example in of_member)
     return [pack(of_member, longest, tokenizer.pad_id, several=False)[0] for of_member in examples]
 
@@ -192,7 +192,7 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path) -> None:
     )
 
 
-#: Ways of dropping data: label, colour, marker, and how far aside of the number of rules they are drawn.
+#: Ways of dropping data: label, color, marker, and how far aside of the number of rules they are drawn.
 _WAYS = {
     "all": ("all examples", plots.UNSEEN, "o", 0.88),
     "half_even": ("half of them, dropped evenly", plots.SEEN, "s", 1.0),
@@ -201,7 +201,7 @@ _WAYS = {
 
 
 def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
-    """P1, section 5: few rules do not generalise, more do; dropping half evenly costs nothing, unevenly it does.
+    """P1, section 5: few rules do not generalize, more do; dropping half evenly costs nothing, unevenly it does.
 
     Ways of dropping are compared where any of them passes ``low``: per seed, the mean of the differences at these
     numbers of rules; the interval is over seeds.
@@ -218,9 +218,9 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
     gain = mean_interval([match["all", counts[-1], s] - match["all", counts[0], s] for s in seeds])
     evidence = ", ".join(f"I = {count:,}: {mean:.3f}" for count, mean in means.items())
     found = [
-        Claim(f"few rules do not generalise (below {low})", means[counts[0]] < low, evidence),
+        Claim(f"few rules do not generalize (below {low})", means[counts[0]] < low, evidence),
         Claim(
-            "more rules generalise better (the most against the fewest; interval clear of 0)",
+            "more rules generalize better (the most against the fewest; interval clear of 0)",
             gain.low > 0,
             f"{gain.text('+.3f')}; {evidence}",
         ),

@@ -5,7 +5,7 @@
         --template=magicoder --max_length=768 --report
 
 Of the checkpoint, only the tokenizer is read. In text, what the loss is on stands between ⟦ and ⟧; ``--format=tokens``
-has a line a token, ``--format=jsonl`` an object an example. ``--report`` tokenises and packs all rows, and says (on
+has a line a token, ``--format=jsonl`` an object an example. ``--report`` tokenizes and packs all rows, and says (on
 standard error) what is cut off.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
-from instrdiv.data.packing import Example, pack, tokenise
+from instrdiv.data.packing import Example, pack, tokenize
 from instrdiv.data.schemas import SCHEMAS
 from instrdiv.data.sources import read_rows
 from instrdiv.data.templates import NAMED, make_template
@@ -77,7 +77,7 @@ def main(values: FlagValues) -> None:
     template = make_template(values.template, tokenizer)
     dropped: list[str] | None = [] if values.drop_empty else None
     rows = read_rows(values.data, values.schema, dropped=dropped)
-    examples = tokenise(rows if values.report else itertools.islice(rows, values.num), template, tokenizer)
+    examples = tokenize(rows if values.report else itertools.islice(rows, values.num), template, tokenizer)
     shown = list(itertools.islice(examples, values.num))
     for example in shown:
         print(FORMATS[values.format](example, tokenizer, values.max_length))

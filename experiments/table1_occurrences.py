@@ -15,7 +15,7 @@ laptop   two CPU cores     6 minutes       1, 2 and 3 occurrences in 12 letters:
                                            (measured: results/laptop/)
 gpu      one H200          40-70 minutes   not run: time and recipe are extrapolated
 paper    one H200          3-5 days        not run: time is extrapolated; reported by the paper: the mixture beats any
-                                           single number at every I where anything generalises; I = 200 gives 0
+                                           single number at every I where anything generalizes; I = 200 gives 0
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
 
 
 def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
-    """P1: the mixture beats any single number at every I where anything generalises; few rules give 0. About means."""
+    """P1: the mixture beats any single number at every I where anything generalizes; few rules give 0. About means."""
     mixture = list(tested_on(results).values())[-1]
     counts = sorted({row["instructions"] for row in mixture})
     found = []
@@ -136,7 +136,7 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
         means = {planted: thresholds.mean_of(of_this) for planted, of_this in trained.items()}
         evidence = f"I = {count:,}: " + ", ".join(f"trained on {_name(p)} {mean:.3f}" for p, mean in means.items())
         if count == counts[0]:
-            text = f"few rules never generalise, however often the pattern occurs (unseen below {low})"
+            text = f"few rules never generalize, however often the pattern occurs (unseen below {low})"
             found.append(Claim(text, max(means.values()) < low, evidence))
         elif max(means.values()) > low:
             *singles, both = means
@@ -146,7 +146,7 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
             text = "the mixture beats every single number of occurrences"
             found.append(Claim(text, means[both] > means[best], evidence))
     if len(found) < 2:
-        found.append(Claim("something generalises", False, f"no mean above {low}"))
+        found.append(Claim("something generalizes", False, f"no mean above {low}"))
     return found
 
 

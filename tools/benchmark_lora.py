@@ -46,7 +46,7 @@ from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, 
 from instrdiv.models.llama import BLOCK_LINEAR, Model
 from instrdiv.models.llama_config import ModelConfig, Rope
 from instrdiv.models.lora import Lora, linear_shapes
-from instrdiv.models.weights import quantise
+from instrdiv.models.weights import quantize
 from instrdiv.runtime.devices import usable_cores
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.memory import peak_device_bytes, program_bytes
@@ -189,7 +189,7 @@ class World:
         @functools.partial(jax.jit, static_argnums=(1, 2), out_shardings=sharding)
         def kernel(number, shape, as_int8):
             one = jax.random.normal(jax.random.key(number), shape, dtype) / math.sqrt(shape[-2])
-            return quantise(one) if as_int8 else one
+            return quantize(one) if as_int8 else one
 
         shapes = linear_shapes(config)
         kernels = {n: {"kernel": kernel(i, shapes[n], int8)} for i, n in enumerate(BLOCK_LINEAR)}

@@ -43,7 +43,7 @@ class World:
     """What all contenders train on.
 
     Attributes:
-      setting: of every member, but for what a contender changes (batch size, optimiser, length of a chunk).
+      setting: of every member, but for what a contender changes (batch size, optimizer, length of a chunk).
       members: differ in their seed, and so in their rules.
       pools: the rules of them all.
       seconds: how long a sample is to take, about.

@@ -252,7 +252,7 @@ def define_flags(values: FlagValues) -> None:
     define(values, whole, "members", "seeds of the setting: the members of the group", 8)
     define(values, NumberParser(int, low=1, high=256), "devices", "devices to compile for", 1)
     define(values, whole, "data_parallel", "devices that share one member's batch", 1)
-    define(values, whole, "members_per_vmap", "members that are vectorised together", 1)
+    define(values, whole, "members_per_vmap", "members that are vectorized together", 1)
     define_enum(values, "attention", ATTENTION, "how attention is computed", "plain")
     define(values, NameParser(), "target", "machine: here, cuda:FILE or tpu:TOPOLOGY", "here")
     define(values, NameParser(), "out", "where to write everything as JSON (default: nowhere)")

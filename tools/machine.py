@@ -67,7 +67,7 @@ def _matmul_flops(mesh: Mesh, size: int, precision: str) -> float:
 
 def _copy_bytes(mesh: Mesh, numbers: int) -> float:
     x = _random(mesh, (numbers,), jnp.float32)
-    copy = _on_every_device(mesh, lambda x: x + 1)  # a bare copy may be optimised away
+    copy = _on_every_device(mesh, lambda x: x + 1)  # a bare copy may be optimized away
     return mesh.size * 2 * x.dtype.itemsize * numbers / _seconds_a_call(lambda: copy(x))
 
 

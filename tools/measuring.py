@@ -2,7 +2,7 @@
 
 Nothing here knows JAX or PyTorch. A contender is set up once and then gives calls of a fixed amount of work. A sample
 is as many calls as take about the seconds asked for, dispatched without waiting in between, as in a run, and waited for
-at the end; so a peer is never charged for a synchronisation that it does not need.
+at the end; so a peer is never charged for a synchronization that it does not need.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Peers: what people train such models with today. PyTorch and Transformers, ``torch.func``, and a plain Flax loop.
 
-What is fair, and what is not, is decided in the peers' favour wherever it is cheap to do so:
+What is fair, and what is not, is decided in the peers' favor wherever it is cheap to do so:
 
 - same vocabulary, rows, layers, width, heads, MLP width and activation; dropout 0; loss on the answer alone;
 - their rows lie on the device before the clock starts, so PyTorch pays neither for making nor for loading them (the
@@ -189,7 +189,7 @@ def flax_loop(world: World, batch_size: int) -> Contender:
 
 
 def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterator[np.ndarray]:
-    """Rows int32 [B, T] for ever, made by vectorised numpy: random rules, each planted once in random letters.
+    """Rows int32 [B, T] for ever, made by vectorized numpy: random rules, each planted once in random letters.
 
     Raises NotRun where rows differ in length.
     """

@@ -111,7 +111,7 @@ def _on_two_cores(record: Record) -> bool:
 
 
 def _ours(record: Record) -> Outcome | None:
-    """The fastest population with the setting's own optimiser."""
+    """The fastest population with the setting's own optimizer."""
     return record.best("population", optimizer=record.setting.optimizer)
 
 

@@ -120,7 +120,7 @@ def measure(
             tables.scales.append({"source": source, "same": scale, "clusters": value})
     names = list(texts)
     if len(names) > 1:
-        say("looking for nearest neighbours")
+        say("looking for nearest neighbors")
         shares = nearest_sources([embedded for *_, embedded in firsts])
         tables.overlap.extend(
             {"source": a, "nearest": b, "share": shares[i, j].item()}
@@ -183,7 +183,7 @@ def nearest_sources(sources: Sequence[Embeddings]) -> np.ndarray:
 def layouts(embeddings: Embeddings, layout: str, seed: int) -> np.ndarray:
     """float64 [N, 2]: a map on which similar texts are near each other.
 
-    ``pca``: the two directions of largest variance. ``tsne``: of the first ``MAP_DIRECTIONS`` of them; neighbourhoods
+    ``pca``: the two directions of largest variance. ``tsne``: of the first ``MAP_DIRECTIONS`` of them; neighborhoods
     mean something there, distances and sizes do not. The same on the same machine and versions.
     """
     n = embeddings.shape[0]

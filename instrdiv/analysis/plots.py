@@ -142,7 +142,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def shades(count: int) -> list:
-    """Colours of an ordered quantity, dark to light; told apart in grey, too."""
+    """Colors of an ordered quantity, dark to light; told apart in gray, too."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.78, count)]
@@ -228,7 +228,7 @@ def threshold_levels(axes, levels: Mapping[Any, thresholds.Threshold], base: Any
 
 
 def heat_map(axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Exact match as colour, with the number in every cell; NaN cells stay empty."""
+    """Exact match as color, with the number in every cell; NaN cells stay empty."""
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -243,9 +243,9 @@ def _logistic(axes, unseen: Sequence[Row]) -> None:
     """An overlay for the eye; the threshold does not come from it."""
     fit = thresholds.logistic_fit([row["instructions"] for row in unseen], [row["exact_match"] for row in unseen])
     if fit:
-        centre, width, top = fit
+        center, width, top = fit
         x = np.geomspace(min(r["instructions"] for r in unseen), max(r["instructions"] for r in unseen), 200)
-        y = top / (1 + np.exp(-(np.log(x) - np.log(centre)) / width))
+        y = top / (1 + np.exp(-(np.log(x) - np.log(center)) / width))
         axes.plot(x, y, color=UNSEEN, lw=0.9, alpha=0.55, ls="-.", zorder=2, label="logistic fit (overlay only)")
 
 

@@ -125,7 +125,7 @@ def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
 def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
     """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row.
 
-    Some seeds may have been tested at some neighbouring values only: more seeds where the step is.
+    Some seeds may have been tested at some neighboring values only: more seeds where the step is.
     """
     values, seeds = sorted({row[x] for row in rows}), sorted({row["seed"] for row in rows})
     per_seed = {}
@@ -264,7 +264,7 @@ def onset(metrics: Sequence[Row]) -> int | None:
 
 
 def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) -> tuple[float, float, float] | None:
-    """Overlay only: (centre, width in log I, top) of ``top / (1 + exp(-(log I - log centre) / width))``.
+    """Overlay only: (center, width in log I, top) of ``top / (1 + exp(-(log I - log center) / width))``.
 
     None where there are fewer than four values of I, or no fit is found.
     """
@@ -272,17 +272,17 @@ def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) ->
 
     x, y = np.log(np.asarray(instructions, float)), np.asarray(exact_match, float)
 
-    def curve(x, centre, width, top):
-        return top / (1 + np.exp(np.clip(-(x - centre) / width, -60, 60)))
+    def curve(x, center, width, top):
+        return top / (1 + np.exp(np.clip(-(x - center) / width, -60, 60)))
 
     bounds = ([x.min(), 0.02, 0.0], [x.max(), 10.0, 1.0])
     if len(set(x)) < 4:
         return None
     try:
-        (centre, width, top), _ = curve_fit(curve, x, y, p0=(np.median(x), 0.3, 0.9), bounds=bounds)
+        (center, width, top), _ = curve_fit(curve, x, y, p0=(np.median(x), 0.3, 0.9), bounds=bounds)
     except (RuntimeError, ValueError):
         return None
-    return float(np.exp(centre)), float(width), float(top)
+    return float(np.exp(center)), float(width), float(top)
 
 
 def instruction_step_claims(
@@ -302,8 +302,8 @@ def instruction_step_claims(
     few, few_seen, many = (float(np.mean(v)) for v in (unseen[fewest], seen[fewest], unseen[most]))
     found = threshold(select(results, "unseen", slice))
     return [
-        Claim(f"few instructions never generalise (unseen below {low})", few < low, f"I = {fewest:,}: {few:.3f}"),
+        Claim(f"few instructions never generalize (unseen below {low})", few < low, f"I = {fewest:,}: {few:.3f}"),
         Claim(f"though they are learned (seen above {1 - low})", few_seen > 1 - low, f"I = {fewest:,}: {few_seen:.3f}"),
-        Claim(f"many instructions generalise (unseen above {high})", many > high, f"I = {most:,}: {many:.3f}"),
+        Claim(f"many instructions generalize (unseen above {high})", many > high, f"I = {most:,}: {many:.3f}"),
         Claim("every seed has its step inside the tested range", found.outside + found.incomplete == 0, found.text),
     ]

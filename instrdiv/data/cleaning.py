@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from instrdiv.data.ngrams import Words, normalise, words_of
+from instrdiv.data.ngrams import Words, normalize, words_of
 from instrdiv.data.schemas import TextRow
 from instrdiv.runtime.tables import Table
 
@@ -160,7 +160,7 @@ def contaminated(texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple
 def exact_duplicates(texts: Sequence[str]) -> np.ndarray:
     """int64 [N]: the first text that equals this one, whatever its case, width and white space; -1 if it is."""
     first: dict[str, int] = {}
-    earliest = [first.setdefault(normalise(text), number) for number, text in enumerate(texts)]
+    earliest = [first.setdefault(normalize(text), number) for number, text in enumerate(texts)]
     return np.array([-1 if one == number else one for number, one in enumerate(earliest)], np.int64)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import scipy.sparse
 
-from instrdiv.data.ngrams import Words, normalise
+from instrdiv.data.ngrams import Words, normalize
 from instrdiv.runtime.errors import BadInput, needs
 
 #: N embeddings of d numbers each, all of length 1: a dense or a sparse float64 [N, d].
@@ -82,13 +82,13 @@ class Embedder:
 def hashed(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
     """Words, pairs of words and triples of letters as directions: sparse float64 [N, HASHED], the same everywhere.
 
-    Each n-gram of a normalised text has a column by its hash, and the square root of its count there, so that what is
+    Each n-gram of a normalized text has a column by its hash, and the square root of its count there, so that what is
     repeated does not drown the rest. Words and pairs make up one half of the length, letters the other. Nothing is
     fitted to the texts: numbers of one report can be compared with those of another, and boilerplate counts in full.
     """
     blocks = []
     for start in range(0, len(texts), _TEXTS):
-        some = [normalise(text) for text in texts[start : start + _TEXTS]]
+        some = [normalize(text) for text in texts[start : start + _TEXTS]]
         words = Words.of(some)
         singles, pairs = words.ngrams(1), words.ngrams(2)
         grams, places = (np.concatenate(both) for both in zip(singles, pairs, strict=True))

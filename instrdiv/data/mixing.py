@@ -1,4 +1,4 @@
-"""Sources of rows to training sets: cleaned, some rows held out, mixtures of the rest taken, tokenised and packed."""
+"""Sources of rows to training sets: cleaned, some rows held out, mixtures of the rest taken, tokenized and packed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from instrdiv.data.cleaning import DUPLICATES, Dropped, clean, cleaning_tables, whole
 from instrdiv.data.held_out import hold_out
 from instrdiv.data.mixtures import Mixture
-from instrdiv.data.packing import REPORT_COLUMNS, Example, Packed, Report, pack, tokenise
+from instrdiv.data.packing import REPORT_COLUMNS, Example, Packed, Report, pack, tokenize
 from instrdiv.data.schemas import TextRow
 from instrdiv.data.templates import NAMED, make_template
 from instrdiv.data.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def mix(
     empty: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> MixedData:
-    """Cleans, holds out, mixes, tokenises and packs.
+    """Cleans, holds out, mixes, tokenizes and packs.
 
     Args:
       sources: name -> rows.
@@ -164,16 +164,16 @@ def mix(
     places: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for (mixture, label), seed in itertools.product(zip(mixtures, labels, strict=True), range(seeds)):
         places[label, seed] = mixture.choose(texts, seed)
-    say("tokenising")
+    say("tokenizing")
     used = sorted(set(itertools.chain(*places.values())))
-    tokenised = tokenise([training[name][row] for name, row in used], template, tokenizer)
-    examples: dict[tuple[str, int], Example] = dict(zip(used, tokenised, strict=True))
+    tokenized = tokenize([training[name][row] for name, row in used], template, tokenizer)
+    examples: dict[tuple[str, int], Example] = dict(zip(used, tokenized, strict=True))
     made = [
         pack([examples[place] for place in of_member], setting.max_length, tokenizer.pad_id, several=several)
         for of_member in places.values()
     ]
     held_out_rows = list(itertools.chain(*held_out.values()))
-    held_out_packed, _ = pack(tokenise(held_out_rows, template, tokenizer), setting.max_length, tokenizer.pad_id)
+    held_out_packed, _ = pack(tokenize(held_out_rows, template, tokenizer), setting.max_length, tokenizer.pad_id)
     for name in held_out:
         if name not in held_out_packed.source_names:
             raise BadInput(

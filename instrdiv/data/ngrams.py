@@ -21,7 +21,7 @@ _WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial hash; odd
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The text without differences of case, width, composition of letters, and white space."""
     return " ".join(_folded(text).split())
 

@@ -108,10 +108,10 @@ class Report:
         return "\n".join(lines)
 
 
-def tokenise(rows: Iterable[TextRow], template: Template, tokenizer: Tokenizer) -> Iterator[Example]:
+def tokenize(rows: Iterable[TextRow], template: Template, tokenizer: Tokenizer) -> Iterator[Example]:
     """The rows as examples, whole, one after another.
 
-    Prompt and response are tokenised apart (see tokenizer.py): the tokens that the loss is on are those of the response
+    Prompt and response are tokenized apart (see tokenizer.py): the tokens that the loss is on are those of the response
     and of the token that ends it, and the prompt's are those that ``prompt_tokens`` gives.
 
     Raises BadInput, naming the row, where template or tokenizer cannot express it.
@@ -151,7 +151,7 @@ def pack(examples: Iterable[Example], length: int, pad_id: int, several: bool = 
     same rows.
 
     Args:
-      examples: as ``tokenise`` makes them.
+      examples: as ``tokenize`` makes them.
       length: T, tokens a row.
       pad_id: the token that fills rows up.
       several: False for one example a row.

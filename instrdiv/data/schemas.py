@@ -48,7 +48,7 @@ class Schema:
       rationale: a field with what is said before the response.
       messages: instead of all of these, a field with a list of ``{"role": ..., "content": ...}``: perhaps ``system``,
         then ``user`` and ``assistant`` in turn; every one of the assistant's is a response.
-      others: fields by which the data set is recognised, besides.
+      others: fields by which the data set is recognized, besides.
     """
 
     instruction: str = ""

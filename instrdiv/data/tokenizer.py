@@ -5,7 +5,7 @@ said by the file's post-processor, not by ``add_bos_token`` of older configurati
 class ``LlamaTokenizer`` is rebuilt by Transformers 5 from its vocabulary, while we follow the file; the two differ in
 how text begins that follows a space at the beginning, or a special token within the string.
 
-An example is tokenised in *pieces*, each on its own, so that the tokens of a prompt are those that the model will see
+An example is tokenized in *pieces*, each on its own, so that the tokens of a prompt are those that the model will see
 when it is asked, and no token is half prompt, half response: a tokenizer that would merge over the boundary cannot.
 What a tokenizer puts at the beginning of a text (the ``▁`` of Llama 2) it puts before the first piece only.
 """

@@ -104,7 +104,7 @@ def define_flags(figure: Figure, values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
     define(values, whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
     define(values, whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    help = "members that are vectorised together (default: 1 on CPU, else by a probe)"
+    help = "members that are vectorized together (default: 1 on CPU, else by a probe)"
     define(values, whole, "members_per_vmap", help)
     define(values, enum_parser(ATTENTION), "attention", "how attention is computed (default: plain)")
     help = "a checkpoint to keep, about every so many steps, besides (default: none)"

@@ -21,7 +21,7 @@ from instrdiv.config.groups import Group
 from instrdiv.config.settings import ModelFields
 from instrdiv.tasks.tokens import END, PAD
 
-#: The parameters that Muon orthogonalises: the four matrices of a block. Everything else is Adam's.
+#: The parameters that Muon orthogonalizes: the four matrices of a block. Everything else is Adam's.
 MUON_MATRICES = ("qkv", "attention_out", "mlp_up", "mlp_down")
 
 

@@ -6,7 +6,7 @@ program is as large for one layer as for forty.
 
 The weights: ``{"embed": [V, D], "norm": [D], "lm_head": {"kernel": [D, V]}, "layers": {"input_norm": [L, D],
 "post_norm": [L, D], "q_proj": {"kernel": [L, in, out], "bias": [L, out]}, ...}}``; tied heads have no ``lm_head``, most
-linear layers no bias. A kernel may be ``Quantised``.
+linear layers no bias. A kernel may be ``Quantized``.
 
 A population of M adapters: ``{"q_proj": {"a": [M, L, in, R], "b": [M, L, R, out]}, ...}``, its head's with L = 1. Rows
 of a batch belong to members in order: the base's product runs once over all of them, and only the two thin products of
@@ -61,8 +61,8 @@ class Adapters(NamedTuple):
     scale: Any
 
 
-class Quantised(NamedTuple):
-    """A kernel in eight bits, symmetric, with one scale an output channel; dequantised in the product.
+class Quantized(NamedTuple):
+    """A kernel in eight bits, symmetric, with one scale an output channel; dequantized in the product.
 
     Attributes:
       values: int8 [L, in, out].
@@ -119,7 +119,7 @@ def hidden(
     remat: bool = False,
     attention: str = "plain",
 ) -> tuple[jax.Array, Cache | None]:
-    """The last hidden states, normalised.
+    """The last hidden states, normalized.
 
     Args:
       model: its kernels are cast to ``precision`` where they are used.
@@ -209,14 +209,14 @@ class _Linear:
         return y
 
 
-def product(x: jax.Array, kernel: jax.Array | Quantised, result: Any = None) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array | Quantized, result: Any = None) -> jax.Array:
     """x [..., in] times a kernel [in, out] as it is stored; the sum has the dtype ``result``, by default that of x."""
     # The cast kernel is made anew for the backward pass: kept, those of all layers would be a second, larger base.
     return jax.checkpoint(_product, static_argnums=2, prevent_cse=False)(x, kernel, result or x.dtype)
 
 
-def _product(x: jax.Array, kernel: jax.Array | Quantised, result: Any) -> jax.Array:
-    if isinstance(kernel, Quantised):
+def _product(x: jax.Array, kernel: jax.Array | Quantized, result: Any) -> jax.Array:
+    if isinstance(kernel, Quantized):
         y = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * kernel.scale).astype(result)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=result)

@@ -224,7 +224,7 @@ def _read(config: _Fields) -> ModelConfig:
     if config.fields.get("hidden_act") not in (None, *_SILU):
         raise config.refuse("hidden_act", f"is not supported; supported is {_SILU[0]}")
     if config.fields.get("quantization_config") is not None:
-        raise config.refuse("quantization_config", "quantised checkpoints are not supported; take the original one, "
+        raise config.refuse("quantization_config", "quantized checkpoints are not supported; take the original one, "
                             "whose weights can be held in 8 bits")  # fmt: skip
     if config.fields.get("per_layer_config") is not None:
         raise config.refuse("per_layer_config", "layers that differ are not supported")

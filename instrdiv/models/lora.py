@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instrdiv.models.llama import BLOCK_LINEAR, Quantised
+from instrdiv.models.llama import BLOCK_LINEAR, Quantized
 from instrdiv.models.llama_config import ModelConfig
 from instrdiv.models.safetensors import DTYPES, header_of, tensors_in
 from instrdiv.models.weights import leaves
@@ -151,14 +151,14 @@ def adapter_of(adapters: Adapter, row: int, lora: Lora) -> Adapter:
 def merge(weights: Mapping[str, Any], lora: Lora, adapter: Adapter, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """The weights of one member alone: base and adapter as one tree, which needs no adapter to be run.
 
-    Kernels keep their dtype; the sums are taken in float32. Eight bits cannot hold the sum, so every ``Quantised``
+    Kernels keep their dtype; the sums are taken in float32. Eight bits cannot hold the sum, so every ``Quantized``
     kernel, targeted or not, becomes an array of ``dtype``.
     """
 
     def merged(name: str, layer: Mapping[str, Any]) -> dict[str, Any]:
         kernel = layer["kernel"]
-        kind, wide = kernel.dtype if not isinstance(kernel, Quantised) else dtype, kernel
-        if isinstance(kernel, Quantised):
+        kind, wide = kernel.dtype if not isinstance(kernel, Quantized) else dtype, kernel
+        if isinstance(kernel, Quantized):
             wide = kernel.values.astype(jnp.float32) * kernel.scale
         if name in adapter:
             a, b = (jnp.asarray(adapter[name][part], jnp.float32) for part in ("a", "b"))

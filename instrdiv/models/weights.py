@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.models.llama import Quantised
+from instrdiv.models.llama import Quantized
 from instrdiv.models.llama_config import ModelConfig
 from instrdiv.models.safetensors import (
     _SINGLE,
@@ -170,7 +170,7 @@ def read_weights(
       config: of that checkpoint.
       precision: dtype of the arrays; that of the files (float32, float16 or bfloat16) may be another.
       mesh, fsdp: where the arrays lie, see ``partition_specs``; by default, on one device.
-      int8: hold the kernels of the layers in eight bits (``quantise``); embedding and head are not.
+      int8: hold the kernels of the layers in eight bits (``quantize``); embedding and head are not.
 
     Raises:
       BadInput: a file or tensor is missing, damaged, too many, or not of its shape; names it. Nothing has been read
@@ -189,7 +189,7 @@ def read_weights(
     return as_tree(arrays)
 
 
-def quantise(kernel: jax.Array) -> Quantised:
+def quantize(kernel: jax.Array) -> Quantized:
     """A kernel [..., in, out] in eight bits: -127 to 127 of the largest magnitude of each output channel.
 
     The error of a weight is at most half a step: scale / 2.
@@ -197,7 +197,7 @@ def quantise(kernel: jax.Array) -> Quantised:
     kernel = kernel.astype(jnp.float32)
     largest = jnp.abs(kernel).max(axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest / 127, 1.0)
-    return Quantised(jnp.clip(jnp.round(kernel / scale), -127, 127).astype(jnp.int8), scale)
+    return Quantized(jnp.clip(jnp.round(kernel / scale), -127, 127).astype(jnp.int8), scale)
 
 
 def write_weights(
@@ -207,7 +207,7 @@ def write_weights(
 
     Args:
       directory: made if need be.
-      config, weights: of one model; a quantised kernel is written as the numbers that it stands for.
+      config, weights: of one model; a quantized kernel is written as the numbers that it stands for.
       precision: of the file: float32, bfloat16 or float16.
 
     Raises:
@@ -261,14 +261,14 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
 
 
 def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
-    """An array of the tree, or a quantised kernel: made empty, and filled layer by layer."""
+    """An array of the tree, or a quantized kernel: made empty, and filled layer by layer."""
     layers = () if leaf.layers is None else (leaf.layers,)
     shape, sharding = leaf.whole_shape, NamedSharding(mesh, spec)
     by_layer: Any
     if int8 and leaf.is_kernel and layers:
         of_scale = NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))
         scale = jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32, device=of_scale)
-        by_layer = Quantised(jnp.zeros(shape, jnp.int8, device=sharding), scale)
+        by_layer = Quantized(jnp.zeros(shape, jnp.int8, device=sharding), scale)
     else:
         by_layer = jnp.zeros(shape, dtype, device=sharding)
     shardings = jax.tree.map(lambda array: array.sharding, by_layer)
@@ -292,13 +292,13 @@ def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bo
         return jax.lax.dynamic_update_index_in_dim(stack, one.astype(into.dtype), layer, 0).reshape(into.shape)
 
     ours = tensor.T if transposed else tensor
-    one = quantise(ours) if isinstance(by_layer, Quantised) else ours
+    one = quantize(ours) if isinstance(by_layer, Quantized) else ours
     return jax.lax.with_sharding_constraint(jax.tree.map(put, by_layer, one), shardings), jnp.isfinite(tensor).all()
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _as_stored(array: jax.Array | Quantised, transposed: bool, dtype: Any) -> jax.Array:
+def _as_stored(array: jax.Array | Quantized, transposed: bool, dtype: Any) -> jax.Array:
     """A leaf of one layer as a checkpoint has it."""
-    if isinstance(array, Quantised):
+    if isinstance(array, Quantized):
         array = array.values * array.scale
     return (array.T if transposed else array).astype(dtype)

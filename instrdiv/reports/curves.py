@@ -17,7 +17,7 @@ from instrdiv.runtime.tables import Row
 CURVE_POINTS = 160
 
 
-#: Colours of the page; where there are more seeds, the same ones again, dashed.
+#: Colors of the page; where there are more seeds, the same ones again, dashed.
 COLORS = 8
 
 

@@ -28,7 +28,7 @@ FILES = ("diversity.csv", "scales.csv", "overlap.csv", "map.csv", "cleaning.csv"
 
 _TEXTS = ("source", "nearest", "where", "reason", "like", "embedder", *CLEANING_COLUMNS[4:])
 _COLORS = ("#1f5fa8", "#c05a1c", "#1a7f4e", "#7a3fb8", "#b8286b", "#0f7c8a", "#7a5230", "#5c6370")
-_MARKERS = "os^Dv"  # another one where the colours begin again
+_MARKERS = "os^Dv"  # another one where the colors begin again
 
 
 def write_cleaning(run_dir: Path, kept: Mapping[str, Sequence[sources.TextRow]], dropped: Sequence[Dropped]) -> None:

@@ -17,7 +17,7 @@ from instrdiv.analysis import thresholds
 from instrdiv.analysis.claims import Claim, read_claims, verdict
 from instrdiv.config.settings import setting_of
 from instrdiv.evaluation.rows import at_the_end, varying
-from instrdiv.reports.pages import READ_OF_RESULTS, labelled_thresholds, launched, write_page
+from instrdiv.reports.pages import READ_OF_RESULTS, labeled_thresholds, launched, write_page
 from instrdiv.runs.saved import task_named
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.files import replacing
@@ -98,7 +98,7 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
             status="done",
             command=launched(said_of_itself, name),
             claims=read_claims(run_dir / "claims.csv"),
-            found=labelled_thresholds(results, varying(results, setting_of(task).columns()), task.headline),
+            found=labeled_thresholds(results, varying(results, setting_of(task).columns()), task.headline),
             seconds=sum(seconds) if seconds else None,
         )
     except (OSError, ValueError, TypeError, KeyError) as error:  # whatever is wrong with one, the others are shown

@@ -44,7 +44,7 @@ def launched(provenance: Mapping[str, Any], figure: str) -> str | None:
     return shlex.join(["python", "-m", f"experiments.{figure}", *flags]) if script == f"{figure}.py" else None
 
 
-def labelled_thresholds(
+def labeled_thresholds(
     rows: Sequence[Row], fields: Sequence[str], slice: str
 ) -> list[tuple[str, thresholds.Threshold]]:
     """(which, I50) for every combination of the settings that vary besides the number of instructions.

@@ -19,7 +19,7 @@ from instrdiv.reports.curves import curves_of
 from instrdiv.reports.pages import (
     data_uri,
     in_words,
-    labelled_thresholds,
+    labeled_thresholds,
     launched,
     write_page,
 )
@@ -107,7 +107,7 @@ def _numbers(path: Path) -> dict[str, Any] | None:
 def _thresholds(run: RunTables) -> list[tuple[str, str]]:
     """(which, I50 in words)."""
     rows = [row | run.rows[row["member"]] for row in run.results]
-    return [(label, found.text) for label, found in labelled_thresholds(rows, run.fields, run.task.headline)]
+    return [(label, found.text) for label, found in labeled_thresholds(rows, run.fields, run.task.headline)]
 
 
 def _summary(run: RunTables) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """How the adapters of a run are tested: asked for answers, or for the loss on held-out rows.
 
 A way to test has ``are_done`` (do the tables of a directory have these tests?), ``ask_base`` (before the members are
-trained) and ``ask_members`` (afterwards), which makes the tables of the run, results.csv last.
+trained) and ``ask_members`` (afterward), which makes the tables of the run, results.csv last.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class GroupPlan:
       steps, examples_seen: of one member.
       tokens: tokens of one sequence.
       compute_flops: FLOPs of the group's training, idle members included (a multiply-add is two).
-      state_bytes: parameters and optimiser state of the whole group, all devices together.
+      state_bytes: parameters and optimizer state of the whole group, all devices together.
       device_bytes: estimate of what one device needs at its peak, state and tables included.
       seconds: rough.
     """
@@ -98,7 +98,7 @@ def flops_per_example(group: Group) -> float:
 
     def block(queries: int) -> float:
         projections = 2 * T * D * 2 * D + 2 * queries * D * 2 * D  # keys and values; queries and output
-        # Queries are computed everywhere, in one product with keys and values, and cut afterwards.
+        # Queries are computed everywhere, in one product with keys and values, and cut afterward.
         projections += 2 * (T - queries) * D * D
         return projections + 2 * 2 * queries * D * c.mlp_ratio * D + 2 * 2 * queries * T * D
 

@@ -4,7 +4,7 @@ A checkpoint is one Orbax step of two items: ``state``, every array of the group
 axis of members; and ``record``, JSON: the rows of the tables up to that step, and a digest of every array. So a run
 is resumed from a checkpoint alone, and no table has a row more or fewer than the state it belongs to.
 
-Orbax makes a step appear whole or not at all; what happens to it afterwards (a power cut, a full disk, a deletion cut
+Orbax makes a step appear whole or not at all; what happens to it afterward (a power cut, a full disk, a deletion cut
 short, a flipped bit) is found out by reading it: every array must have its digest. A step is deleted only when two
 later ones have been written, and never the last that could be read.
 """

@@ -56,7 +56,7 @@ def over_members(
       name: of the program, as logs and profiles show it.
       function: takes its arguments for one member and returns a tree for one member.
       mesh: from ``make_mesh``.
-      members_per_vmap: members that are vectorised together; blocks of them run one after another.
+      members_per_vmap: members that are vectorized together; blocks of them run one after another.
       in_specs: a PartitionSpec an argument; those that start with 'member' have a leading axis M, the others are
         passed to every member as they are (their own shard of them, where sharded over 'data').
       donate: arguments whose buffers may be reused.

@@ -30,7 +30,7 @@ class MemberState:
 
     Attributes:
       params: the decoder's, float32.
-      optimizer: the optimiser's state.
+      optimizer: the optimizer's state.
       diverged_at: int32 step at which the member was frozen because its gradients or its update stopped being finite;
         -1 while it trains.
     """
@@ -230,10 +230,10 @@ class Trainer:
 
     def _initial(self) -> MemberState:
         group, mesh = self.group, self.mesh
-        initialise = over_members(
+        initialize = over_members(
             "init_members", lambda data: init_member(group, data), mesh, self.members_per_vmap, in_specs=[P("member")]
         )
-        return initialise(self.data)
+        return initialize(self.data)
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
         state = stacked_state(arrays, abstract_member(self.group), len(self.group.members), self.size)

@@ -18,13 +18,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW, or Muon on the matrices of the blocks with AdamW on the rest; gradients clipped by global norm.
 
-    The rates may be traced, so the optimiser is made anew inside every step; its state's structure depends on
+    The rates may be traced, so the optimizer is made anew inside every step; its state's structure depends on
     ``config`` alone. Decay is decoupled, multiplied by the rate, and applies to matrices only (embeddings included,
     norms and biases not).
 
-    Muon is assembled from optax's parts, except ``orthogonalise``: ``optax.contrib.muon`` would decay norms and
+    Muon is assembled from optax's parts, except ``orthogonalize``: ``optax.contrib.muon`` would decay norms and
     biases, too, and takes one matrix after another (see docs/performance.md). Its momentum is Nesterov's without the
-    correction of the first steps' bias, as Muon first had it; its scale does not matter, being orthogonalised away.
+    correction of the first steps' bias, as Muon first had it; its scale does not matter, being orthogonalized away.
     """
     clip = optax.clip_by_global_norm(config.clip)
 
@@ -37,7 +37,7 @@ def make_optimizer(
         raise NotImplementedError(f"the optimizer {config.optimizer}")
     muon = optax.chain(
         optax.trace(decay=0.95, nesterov=True),
-        optax.stateless(lambda updates, _: orthogonalise(updates)),
+        optax.stateless(lambda updates, _: orthogonalize(updates)),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_to_shape, updates)),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
@@ -80,7 +80,7 @@ def base_optimizer(
     return optax.chain(optax.clip_by_global_norm(recipe.clip), muon)
 
 
-def orthogonalise(matrices: Any) -> Any:
+def orthogonalize(matrices: Any) -> Any:
     """The matrices of a tree with all their singular values brought near 1 (0.7 to 1.2), as Muon wants its updates.
 
     Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024), as in ``optax.contrib.muon``; but matrices of

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instrdiv.data.packing import Packed, pack, tokenise
+from instrdiv.data.packing import Packed, pack, tokenize
 from instrdiv.data.templates import make_template
 from instrdiv.data.tokenizer import Tokenizer, character_tokenizer, write_tokenizer
 from instrdiv.models.llama import Adapters, Model
@@ -125,7 +125,7 @@ def make_base(
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = make_tokenizer(unfinished, setting)
     rows = plain_rows(setting, small.seed, small.examples)
-    examples = list(tokenise(rows, make_template("plain", tokenizer), tokenizer))
+    examples = list(tokenize(rows, make_template("plain", tokenizer), tokenizer))
     data, _ = pack(examples, max(len(example.tokens) for example in examples), tokenizer.pad_id, several=False)
     config = small.config(tokenizer.vocab_size, tokenizer.end_ids[0])
     weights = pretrain(config, data, small.recipe, small.learning_rate, small.adam_learning_rate, mesh, small.seed, say)

@@ -141,8 +141,8 @@ def test_onset_is_the_first_report_past_one_half():
 def test_the_logistic_overlay_finds_a_logistic():
     x = np.geomspace(10, 10_000, 12)
     y = 0.95 / (1 + np.exp(-(np.log(x) - np.log(300)) / 0.4))
-    centre, width, top = thresholds.logistic_fit(x, y)
-    assert (centre, width, top) == pytest.approx((300, 0.4, 0.95), rel=1e-3)
+    center, width, top = thresholds.logistic_fit(x, y)
+    assert (center, width, top) == pytest.approx((300, 0.4, 0.95), rel=1e-3)
 
 
 class TestComparisons:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instrdiv.data.embedding import Embedder, hashed
-from instrdiv.data.ngrams import normalise, words_of
+from instrdiv.data.ngrams import normalize, words_of
 from instrdiv.runtime.errors import BadInput
 
 texts = st.lists(st.text(alphabet="ab, É\n", min_size=1, max_size=15).filter(str.strip), min_size=1, max_size=5)
@@ -20,7 +20,7 @@ texts = st.lists(st.text(alphabet="ab, É\n", min_size=1, max_size=15).filter(st
 
 def counted(text):
     """The two halves of the embedding as dictionaries, from Python's own counting."""
-    words, letters = words_of(text), f" {normalise(text)} "
+    words, letters = words_of(text), f" {normalize(text)} "
     halves = [
         Counter([(word,) for word in words] + [*pairwise(words)]),
         Counter(letters[i : i + 3] for i in range(len(letters) - 2)),

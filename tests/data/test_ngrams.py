@@ -6,22 +6,22 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instrdiv.data.ngrams import Words, normalise, words_of
+from instrdiv.data.ngrams import Words, normalize, words_of
 
 texts = st.lists(st.text(alphabet="ab éÉ１\n.ﬁ", max_size=12), max_size=6)
 
 
 def test_case_width_composition_and_white_space_do_not_count():
-    assert normalise(" Ｔhe  ﬁrst\n\tCAFÉ ") == normalise("the first cafe\u0301") == "the first café"
-    assert normalise("Straße") == normalise("STRASSE")
-    assert normalise("a-b") != normalise("a b")
+    assert normalize(" Ｔhe  ﬁrst\n\tCAFÉ ") == normalize("the first cafe\u0301") == "the first café"
+    assert normalize("Straße") == normalize("STRASSE")
+    assert normalize("a-b") != normalize("a b")
     assert words_of("It's a_b, x=(1.5)!") == ["it", "s", "a_b", "x", "1", "5"]
 
 
 @given(st.text())
-def test_normalising_again_changes_nothing(text):
-    assert normalise(normalise(text)) == normalise(text)
-    assert unicodedata.is_normalized("NFKC", normalise(text))
+def test_normalizing_again_changes_nothing(text):
+    assert normalize(normalize(text)) == normalize(text)
+    assert unicodedata.is_normalized("NFKC", normalize(text))
 
 
 @given(texts, st.integers(1, 4))

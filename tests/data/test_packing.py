@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrdiv.data.packing import REPORT_COLUMNS, Example, pack, prompt_tokens, tokenise
+from instrdiv.data.packing import REPORT_COLUMNS, Example, pack, prompt_tokens, tokenize
 from instrdiv.data.schemas import TextRow
 from instrdiv.data.templates import make_template
 from instrdiv.data.tokenizer import Tokenizer, character_tokenizer, write_tokenizer
@@ -37,7 +37,7 @@ def characters(tmp_path_factory):
 
 def test_the_loss_is_on_the_response_and_its_end_token_by_token(characters):
     rows = [TextRow("ab?", "ba", "x", "x: 1"), TextRow("c?", "d", "y", turns=(("ee?", "fgh"), ("?", "a")))]
-    first, second = tokenise(rows, make_template("plain", characters), characters)
+    first, second = tokenize(rows, make_template("plain", characters), characters)
 
     def shown(example):
         letters = [characters.token(token) for token in example.tokens]
@@ -53,14 +53,14 @@ def test_the_loss_is_on_the_response_and_its_end_token_by_token(characters):
     "kind", [byte_level, sentencepiece_like, lambda path: sentencepiece_like(path, metaspace=True)]
 )
 def test_prompt_and_response_have_the_tokens_of_generation(tmp_path, kind, template):
-    """Transformers is the oracle: it tokenises the prompt alone, as when the model is asked, and decodes the rest."""
+    """Transformers is the oracle: it tokenizes the prompt alone, as when the model is asked, and decodes the rest."""
     transformers = pytest.importorskip("transformers")
     path = kind(tmp_path / "checkpoint")
     ours, theirs = Tokenizer.load(path), transformers.AutoTokenizer.from_pretrained(path)
     if template == "chatml" and ours.token_id("<|im_end|>") is None:
         return
     made = make_template(template, ours)
-    for row, example, prompt in zip(ROWS, tokenise(ROWS, made, ours), prompt_tokens(ROWS, made, ours), strict=True):
+    for row, example, prompt in zip(ROWS, tokenize(ROWS, made, ours), prompt_tokens(ROWS, made, ours), strict=True):
         assert prompt == theirs(made.prompt(row)).input_ids
         pairs = zip(example.tokens.tolist(), example.loss_mask, strict=True)
         runs = [(loss, [token for token, _ in run]) for loss, run in itertools.groupby(pairs, lambda pair: pair[1])]
@@ -82,25 +82,25 @@ def test_a_text_that_begins_itself_gets_no_second_beginning(tmp_path):
         path = tmp_path / "own.jinja"
         path.write_text(bos + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
         template = make_template(str(path), tokenizer)
-        (example,), (prompt,) = tokenise(row, template, tokenizer), prompt_tokens(row, template, tokenizer)
+        (example,), (prompt,) = tokenize(row, template, tokenizer), prompt_tokens(row, template, tokenizer)
         assert example.tokens.tolist().count(begin) == prompt.count(begin) == times
-    (example,) = tokenise(row, make_template("plain", tokenizer), tokenizer)
+    (example,) = tokenize(row, make_template("plain", tokenizer), tokenizer)
     assert example.tokens.tolist().count(begin) == 1 and example.tokens[0] == begin
 
 
 def test_written_special_tokens_are_noticed(tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "byte"))
     rows = [TextRow("a", "b"), TextRow("a", "b <|end|> c"), TextRow("a", "b", turns=(("<|pad|>", "c"),))]
-    examples = list(tokenise(rows, make_template("alpaca", tokenizer), tokenizer))
+    examples = list(tokenize(rows, make_template("alpaca", tokenizer), tokenizer))
     assert [example.has_special_tokens for example in examples] == [False, True, True]
 
 
 def test_rows_that_have_no_tokens(characters):
     template = make_template("plain", characters)
     with pytest.raises(BadInput, match="x: 7: the tokenizer has no tokens for a text"):
-        list(tokenise([ROWS[0], TextRow("ab", "z", where="x: 7")][1:], template, characters))
+        list(tokenize([ROWS[0], TextRow("ab", "z", where="x: 7")][1:], template, characters))
     with pytest.raises(BadInput, match="x: 8: the prompt is empty"):
-        list(tokenise([TextRow("", "a", where="x: 8")], template, characters))
+        list(tokenize([TextRow("", "a", where="x: 8")], template, characters))
 
 
 @st.composite
@@ -165,7 +165,7 @@ def test_nothing_is_lost_but_what_the_report_says(made, length, several):
 def test_the_report_in_words_and_the_same_rows_again(characters):
     rows = [TextRow("ab?", "ba" * n, "xy"[n % 2]) for n in range(1, 30)]
     template = make_template("plain", characters)
-    packed, report = pack(tokenise(rows, template, characters), 32, characters.pad_id)
+    packed, report = pack(tokenize(rows, template, characters), 32, characters.pad_id)
     assert "xy"[::-1] == "".join(packed.source_names)  # in the order of their first examples
     assert report.text.splitlines() == [
         "y: 15 examples, 382 tokens, 337 of them of responses; the longest example has 62",
@@ -176,7 +176,7 @@ def test_the_report_in_words_and_the_same_rows_again(characters):
         "  cut at 32 tokens: 15 examples truncated, 0 dropped, 240 tokens of responses lost",
         f"{len(packed.tokens)} rows of 32 tokens, {report.efficiency:.1%} filled",
     ]
-    again, _ = pack(tokenise(rows, template, characters), 32, characters.pad_id)
+    again, _ = pack(tokenize(rows, template, characters), 32, characters.pad_id)
     jax.tree.map(np.testing.assert_array_equal, dataclasses.astuple(packed)[:5], dataclasses.astuple(again)[:5])
 
 
@@ -195,7 +195,7 @@ def test_packed_examples_cannot_see_each_other(characters, window):
     letters = np.random.default_rng(1)
     rows = ["".join(letters.choice(list("abcdefgh"), size)) for size in (3, 9, 5, 12, 4, 7)]
     made = list(
-        tokenise([TextRow(f"{row}?", row[::-1]) for row in rows], make_template("plain", characters), characters)
+        tokenize([TextRow(f"{row}?", row[::-1]) for row in rows], make_template("plain", characters), characters)
     )
     alone, _ = pack(made, 48, characters.pad_id, several=False)
     packed, _ = pack(made, 48, characters.pad_id)

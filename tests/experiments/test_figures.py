@@ -181,7 +181,7 @@ class TestFig2b:
         (many,) = broken(
             self.NAME, self.rows(flags, top=lambda share: 0.85 - 0.15 * (share == 0.5) + 0.06 * (share < 0.5))
         )[:1]
-        assert many.startswith("50% no-ops: many instructions generalise")
+        assert many.startswith("50% no-ops: many instructions generalize")
 
     def test_every_panel_has_its_slice(self, flags, drawn, tmp_path):
         value = {"has_op": 0.1, "all": 0.2, "no_op": 0.3, "no_op/near_miss": 0.4, "no_op/has_op": 0.5}
@@ -231,7 +231,7 @@ class TestFig3:
 
         (many,) = broken(self.NAME, spoilt(8192, 0.1))
         (few,) = broken(self.NAME, spoilt(512, math.inf))
-        assert many.startswith("many rules hold at every shape") and few.startswith("few rules generalise where")
+        assert many.startswith("many rules hold at every shape") and few.startswith("few rules generalize where")
 
     def test_seen_rules_are_drawn_both_ways(self, flags, drawn, tmp_path):
         value = {"unseen": 0.1, "unseen_dev": 0.1, "seen": 0.2, "seen_by_share": 0.3}
@@ -282,8 +282,8 @@ class TestTable1:
             == ["the mixture beats every single number of occurrences"] * 2
         )
         few = [row | {"exact_match": 0.2} if row["instructions"] == 64 else row for row in rows]
-        assert len(broken(self.NAME, few)) == 1 and broken(self.NAME, few)[0].startswith("few rules never generalise")
-        assert broken(self.NAME, [row | {"exact_match": 0.01} for row in rows]) == ["something generalises"]
+        assert len(broken(self.NAME, few)) == 1 and broken(self.NAME, few)[0].startswith("few rules never generalize")
+        assert broken(self.NAME, [row | {"exact_match": 0.01} for row in rows]) == ["something generalizes"]
 
     def test_a_table_that_was_read_back_says_the_same(self, flags):
         """In a CSV the list (1,) is the number 1."""

@@ -48,7 +48,7 @@ MISTAKES = [
     ((FIG3, "--preset=smoke", "--config.tail_shape=inf,0"), ["--config.tail_shape=0.0: must be positive"]),
     ((TABLE1, "--preset=smoke", "--config.occurrences=1,1+x"), ["config.occurrences=1,1+x", "whole number"]),
     ((TABLE1, "--preset=smoke", "--config.occurrences=1,1+4"), ["--config.occurrences=1,4", "at most 3 patterns"]),
-    ((SCALING, "--preset=smoke", "--factor=colour"), ["--factor=colour", "width"]),
+    ((SCALING, "--preset=smoke", "--factor=color"), ["--factor=color", "width"]),
     ((SCALING, "--preset=smoke", "--factor=depth"), ["--factor=depth: the preset smoke has width, rate"]),
     # Layouts that do not fit.
     ((*SMOKE, "--devices=100000"), ["--devices=100000", "from 1 to 256"]),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from instrdiv.analysis.claims import Claim, read_claims
-from instrdiv.data.packing import pack, tokenise
+from instrdiv.data.packing import pack, tokenize
 from instrdiv.data.schemas import TextRow
 from instrdiv.data.templates import make_template
 from instrdiv.launch.finetuning import FineTuningFigure, Preset, Study, Trained, Tuning, launch_finetuning
@@ -41,7 +41,7 @@ def study(asked):
 
         def packed(member):
             rows = Copying(**member.setting).rows()[: member.setting["instructions"]]
-            return pack(tokenise(rows, template, tokenizer), 8, tokenizer.pad_id, several=False)[0]
+            return pack(tokenize(rows, template, tokenizer), 8, tokenizer.pad_id, several=False)[0]
 
         tests = AnswerTests(
             figure="copying",

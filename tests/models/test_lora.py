@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from instrdiv.models import lora
-from instrdiv.models.llama import BLOCK_LINEAR, Quantised
+from instrdiv.models.llama import BLOCK_LINEAR, Quantized
 from instrdiv.models.lora import Lora
-from instrdiv.models.weights import quantise
+from instrdiv.models.weights import quantize
 from instrdiv.runtime.errors import BadInput
 from tests import adapters as worlds
 
@@ -106,11 +106,11 @@ def test_merging_into_eight_bits_gives_arrays():
     chosen, weights = Lora(2, 4.0, ("q_proj",)), worlds.weights()
     adapter = random_adapter(2, chosen.targets)
 
-    blocks = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    blocks = {n: {"kernel": quantize(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
     eight = weights | {"layers": blocks}
     merged = lora.merge(eight, chosen, adapter, jnp.float32)
     assert not any(
-        isinstance(leaf, Quantised) for leaf in jax.tree.leaves(merged, is_leaf=lambda x: hasattr(x, "values"))
+        isinstance(leaf, Quantized) for leaf in jax.tree.leaves(merged, is_leaf=lambda x: hasattr(x, "values"))
     )
     tokens = worlds.tokens(2, 8)
     stacked = lora.stack_adapters(CONFIG, [chosen], [adapter])

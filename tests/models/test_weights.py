@@ -1,4 +1,4 @@
-"""Weights: what the safetensors library wrote is read, sharded and quantised as it should be; mistakes are named."""
+"""Weights: what the safetensors library wrote is read, sharded and quantized as it should be; mistakes are named."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from instrdiv.models.llama import BLOCK_LINEAR, Model, Quantised, Rows, hidden, logits
+from instrdiv.models.llama import BLOCK_LINEAR, Model, Quantized, Rows, hidden, logits
 from instrdiv.models.llama_config import ModelConfig
-from instrdiv.models.weights import leaves, partition_specs, quantise, read_weights, write_weights
+from instrdiv.models.weights import leaves, partition_specs, quantize, read_weights, write_weights
 from instrdiv.runtime.errors import BadInput
 from tests import adapters as worlds
 
@@ -145,10 +145,10 @@ def test_a_tied_head_may_be_written_twice(tmp_path):
         read_weights(write(tmp_path / "other", QWEN, numbers), QWEN)
 
 
-class TestQuantised:
+class TestQuantized:
     def test_it_is_symmetric_by_output_channel(self):
         kernel = np.array([[[1.0, -3.0, 0.0], [-0.5, 1.5, 0.0]]], np.float32)
-        values, scale = quantise(jnp.asarray(kernel))
+        values, scale = quantize(jnp.asarray(kernel))
         np.testing.assert_array_equal(values, [[[127, -127, 0], [-64, 64, 0]]])  # -63.5 and 63.5 round to even
         np.testing.assert_allclose(scale, [[[1 / 127, 3 / 127, 1.0]]], rtol=1e-6)
         assert values.dtype == jnp.int8 and scale.dtype == jnp.float32
@@ -160,7 +160,7 @@ class TestQuantised:
         whole = expected(numbers)
         for name in BLOCK_LINEAR:
             kernel, original = tree["layers"][name].pop("kernel"), whole["layers"][name].pop("kernel")
-            assert isinstance(kernel, Quantised) and kernel.values.dtype == jnp.int8
+            assert isinstance(kernel, Quantized) and kernel.values.dtype == jnp.int8
             np.testing.assert_allclose(kernel.scale, np.abs(original).max(1, keepdims=True) / 127, rtol=1e-6)
             off = np.abs(np.asarray(kernel.values, np.float32) * np.asarray(kernel.scale) - original)
             assert (off <= np.asarray(kernel.scale) * 0.5001).all() and off.max() > 0

@@ -39,7 +39,7 @@ VARIANTS = [
 
 
 def random_params(group, seed=0, embedding_scale=1.0):
-    """Parameters that no initialisation gives: nothing is 0 or 1, so nothing can be forgotten."""
+    """Parameters that no initialization gives: nothing is 0 or 1, so nothing can be forgotten."""
     decoder, rng = make_decoder(group), np.random.default_rng(seed)
     tokens, padding = jnp.zeros((1, decoder.sequence), jnp.int32), jnp.zeros(1, jnp.int32)
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), tokens, padding))

@@ -221,7 +221,7 @@ class TestPlan:
         assert group.state_bytes == pytest.approx(4 * 3 * 4 * params, rel=0.01)
 
     def test_flops_agree_with_xla(self):
-        """Our count against XLA's, of one laptop step; XLA also counts norms, softmax and the optimiser."""
+        """Our count against XLA's, of one laptop step; XLA also counts norms, softmax and the optimizer."""
         from instrdiv.config.presets import LAPTOP
         from instrdiv.runs.planning import flops_per_example
         from tests.worlds import trainer

@@ -45,7 +45,7 @@ class LetterOrder(Task):
     longest: int = field(5, "letters of the longest word", kind=STATIC, bound=whole_between(1, 50))
     shortest: int | None = field(None, "letters of the shortest word (default: longest)", kind=TRACED)
     same_share: float = field(0.0, "share of the words that are one letter", kind=TRACED, bound=between(0, 1))
-    backwards: bool = field(False, "orders are drawn among those that end with the first letter", kind=TABLE)
+    backward: bool = field(False, "orders are drawn among those that end with the first letter", kind=TABLE)
 
     @property
     def least(self) -> int:
@@ -62,7 +62,7 @@ class LetterOrder(Task):
 
     def draw(self, words: np.ndarray) -> Orders:
         words = words[:, : self.letters].copy()
-        if self.backwards:
+        if self.backward:
             words[:, 0] = 2**64 - 1
         return Orders(np.argsort(words, axis=1, kind="stable").astype(np.uint8))
 

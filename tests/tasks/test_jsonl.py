@@ -19,7 +19,7 @@ from instrdiv.config.pools import RulePools
 from instrdiv.config.settings import Member
 from instrdiv.config.sizes import SMOKE
 from instrdiv.launch.figure import launch
-from instrdiv.reports.pages import labelled_thresholds
+from instrdiv.reports.pages import labeled_thresholds
 from instrdiv.reports.report import write_report
 from instrdiv.runs.run import run
 from instrdiv.runs.saved import SavedRun
@@ -414,7 +414,7 @@ class TestRun:
         """By the run's own rows, with the exact match of one that has learned it."""
         results = read_table(finished / "run" / "results.csv")
         learned = [row | {"exact_match": 0.1 if row["instructions"] == 3 else 0.9} for row in results]
-        ((label, found),) = labelled_thresholds(learned, ["instructions"], JsonLines.headline)
+        ((label, found),) = labeled_thresholds(learned, ["instructions"], JsonLines.headline)
         assert label == "" and found.interval.mean == pytest.approx((3 * 6) ** 0.5) and found.outside == 0
         whole = run(SavedRun(finished / "run").sweep, finished / "run", progress=False, keep_params=False)
         whole.results = learned

@@ -56,7 +56,7 @@ class TestDrawnSource:
         apart = set(orders_of(source.held_out(int(720 * share * 0.7))))
         for seed, size in ((0, 10), (1, 100), (2**31 - 1, int(720 * (1 - share) * 0.7))):
             assert not apart & set(orders_of(source.pool(seed, size)))
-        other = LetterOrder(held_out_share=share, backwards=True, longest=9, shortest=2, same_share=0.5).source
+        other = LetterOrder(held_out_share=share, backward=True, longest=9, shortest=2, same_share=0.5).source
         assert not apart & set(orders_of(other.pool(5, 20))), "other fields, other draws, the same side"
         everything = Orders(np.array(list(itertools.permutations(range(6))), np.uint8))
         held_out = source._is_held_out(everything)
@@ -316,7 +316,7 @@ class TestHeldOut:
         member = Member(own, 0)
         return Subject(member, dataclasses.replace(own, **changes), member.setting.source.pool(0, 4), dev_tests, tests)
 
-    @pytest.mark.parametrize("changes", [{}, {"longest": 9}, {"backwards": True}])
+    @pytest.mark.parametrize("changes", [{}, {"longest": 9}, {"backward": True}])
     def test_none_that_was_tuned_on_is_tested(self, changes):
         subject = self.subject(**changes)
         tuned_on = take_tests(subject.member.setting.source, 16, 0)[0]

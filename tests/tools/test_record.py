@@ -85,7 +85,7 @@ class TestTargets:
         slow = outcome("one_at_a_time", 3500, 3500, 3500, optimizer="muon")
         assert judged(record(LAPTOP, POPULATION, slow))[AGAINST_ONE] == ("1.14x", "not met")
 
-    def test_compare_equal_optimisers(self):
+    def test_compare_equal_optimizers(self):
         other = outcome("one_at_a_time", 1000, optimizer="adamw")
         assert judged(record(LAPTOP, POPULATION, other))[AGAINST_ONE] == ("", "not run")
 

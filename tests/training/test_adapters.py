@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from instrdiv.models import lora
 from instrdiv.models.llama import BLOCK_LINEAR, Adapters, Model
 from instrdiv.models.lora import Lora
-from instrdiv.models.weights import leaves, partition_specs, quantise
+from instrdiv.models.weights import leaves, partition_specs, quantize
 from instrdiv.runtime.checkpoints import named_leaves
 from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.mesh import make_mesh
@@ -117,10 +117,10 @@ def test_logits_of_the_whole_batch_are_never_held():
 
 
 def test_the_base_is_not_kept_once_more_for_the_backward_pass():
-    """Dequantised kernels are made anew: those of all layers together would be several times the base."""
+    """Dequantized kernels are made anew: those of all layers together would be several times the base."""
     config = dataclasses.replace(CONFIG, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=256)
     weights = worlds.weights(config)
-    kernels = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    kernels = {n: {"kernel": quantize(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
     batch = Batch(**{f.name: getattr(worlds.packed(2), f.name) for f in dataclasses.fields(Batch)})
     adapters = lora.init_adapters(config, [Lora(1, targets=("q_proj",))], np.zeros(1, np.uint32))
 
@@ -218,7 +218,7 @@ def test_going_on_is_bit_identical():
         np.testing.assert_array_equal(leaf, np.asarray(named_leaves(whole.state)[name]))
 
 
-def test_only_adapters_and_their_optimisers_are_state():
+def test_only_adapters_and_their_optimizers_are_state():
     names = set(named_leaves(trainer(MEMBERS[:1], DATA[:1]).state))
     adapters = {f"{name}.{part}" for name in ("q_proj", "v_proj") for part in "ab"}
     moments = {f"optimizer.1.0.{moment}.{name}" for moment in ("mu", "nu") for name in adapters}
@@ -267,7 +267,7 @@ def test_losses_agree_on_any_mesh(together, devices, data_parallel, tensor_paral
 
 def test_a_base_in_eight_bits_trains_as_the_numbers_that_it_stands_for():
     weights = worlds.weights()
-    blocks = {n: {"kernel": quantise(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
+    blocks = {n: {"kernel": quantize(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
     eight = weights | {"layers": blocks}
     meant = lora.merge(eight, MEMBERS[0].lora, {}, jnp.float32)
     metrics, one = trained(MEMBERS[:1], DATA[:1], weights=eight)
@@ -375,7 +375,7 @@ def test_the_step_compiles_at_the_shape_of_llama_2_7b():
         shape = leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
         value = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         if leaf.is_kernel and leaf.layers:
-            value = jax.eval_shape(quantise, value)
+            value = jax.eval_shape(quantize, value)
         *parents, last = leaf.path
         node = weights
         for parent in parents:

@@ -1,4 +1,4 @@
-"""The step against plain numpy, the mask, the schedule, the optimisers, frozen members, and compilations."""
+"""The step against plain numpy, the mask, the schedule, the optimizers, frozen members, and compilations."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from instrdiv.config.settings import Member
 from instrdiv.models.decoder import make_decoder
 from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.training.members import exact_matches, predict, train_step
-from instrdiv.training.optimizers import decayed_parameters, make_optimizer, optimizer_of, orthogonalise, rate_at
+from instrdiv.training.optimizers import decayed_parameters, make_optimizer, optimizer_of, orthogonalize, rate_at
 from instrdiv.training.population import training_example
 from tests.worlds import members, tiny, trainer
 
@@ -151,15 +151,15 @@ class TestOptimizers:
             singular = np.linalg.svd(kernel, compute_uv=False)
             assert singular.min() > 0.3 and singular.max() < 1.3
 
-    def test_orthogonalised_together_as_by_optax_one_by_one(self):
+    def test_orthogonalized_together_as_by_optax_one_by_one(self):
         shapes = [(8, 24), (8, 8), (8, 32), (32, 8), (8, 24), (32, 8)]
         matrices = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
         each = [optax.contrib.MuonDimensionNumbers()] * len(matrices)
         alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=each)
         expected, _ = alone.update(matrices, alone.init(matrices))
-        for ours, theirs in zip(orthogonalise(matrices), expected, strict=True):
+        for ours, theirs in zip(orthogonalize(matrices), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
-        zero = orthogonalise({"a": jnp.zeros((4, 4))})["a"]
+        zero = orthogonalize({"a": jnp.zeros((4, 4))})["a"]
         assert not zero.any()
 
     def test_gradients_are_clipped_by_global_norm(self):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from instrdiv.data.packing import pack, tokenise
+from instrdiv.data.packing import pack, tokenize
 from instrdiv.data.templates import make_template
 from instrdiv.data.tokenizer import Tokenizer
 from instrdiv.models import llama
@@ -98,7 +98,7 @@ def test_a_launch_that_is_stopped_leaves_no_base(tmp_path):
 def test_devices_share_a_batch_and_change_nothing(base):
     path, _ = base
     config, tokenizer = ModelConfig.from_json(path), Tokenizer.load(path)
-    examples = list(tokenise(plain_rows(SETTING, 1, 32), make_template("plain", tokenizer), tokenizer))
+    examples = list(tokenize(plain_rows(SETTING, 1, 32), make_template("plain", tokenizer), tokenizer))
     data, _ = pack(examples, max(len(e.tokens) for e in examples), tokenizer.pad_id, several=False)
     recipe = dataclasses.replace(SMALL.recipe, steps=3)
     one, four = (pretrain(config, data, recipe, 1e-2, 1e-2, make_mesh(devices)) for devices in (1, 4))

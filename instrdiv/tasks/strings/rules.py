@@ -317,7 +317,7 @@ def _hash(strings: np.ndarray, seed: int, start: np.ndarray | None = None) -> np
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of uint64 that mixes well."""
+    """The finalizer of splitmix64, a bijection of uint64 that mixes well."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
