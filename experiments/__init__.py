@@ -1,1 +1,1 @@
-"""One launcher a figure; each header says command, hardware, time and expected result."""
+"""One launcher per figure, plus tools; a figure's docstring gives its command, hardware, time and expected result."""

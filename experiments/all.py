@@ -1,9 +1,9 @@
-"""Runs the launchers of all figures, one after another, and writes a page that links their reports.
+"""Runs the launchers of the from-scratch figures in sequence, and writes an index page that links their reports.
 
     python -m experiments.all --preset=laptop --run_dir=runs/laptop
 
-Each figure's run is in a directory of its own in there, and ``index.html`` beside them says what came of all. A figure
-that fails does not stop the others. The same command again goes on, or reads back what is finished.
+Each figure's run gets its own subdirectory of ``--run_dir``, and ``index.html`` there summarizes all outcomes. If a
+figure fails, the others still run. Rerun the same command to resume; finished figures are not trained again.
 """
 
 import ast
@@ -23,7 +23,7 @@ from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.interruption import Interrupted
 from instrdiv.runtime.processes import Commands
 
-#: In the papers' order.
+#: The figures, in the papers' order.
 FIGURES = (
     "fig2a_instruction_count",
     "fig2b_no_ops",
@@ -34,13 +34,13 @@ FIGURES = (
 
 
 def question(name: str) -> str:
-    """The first line of a launcher's docstring, without running it."""
+    """The first line of a launcher's docstring, read without importing the launcher."""
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or name).splitlines()[0]
 
 
 def prepare(directory: Path, names: Iterable[str]) -> None:
-    """Makes the directories of all runs. Raises BadInput where they cannot be made, or something else is there."""
+    """Creates the directories of all runs. Raises BadInput if that fails or ``directory`` holds something else."""
     try:
         there = {path.name for path in directory.iterdir()} if directory.exists() else set()
         if there and not there & set(FIGURES):
@@ -52,18 +52,18 @@ def prepare(directory: Path, names: Iterable[str]) -> None:
 
 
 def run_all(commands: Mapping[str, Sequence[str]], questions: Mapping[str, str], directory: Path) -> list[Entry]:
-    """Runs the launchers of figures, one after another, and keeps the index up to date.
+    """Runs the launchers of figures in sequence, and keeps the index up to date.
 
     Args:
-      commands: figure -> what Python is to run, in order.
-      questions: figure -> the question it asks, for all figures that the index is about.
-      directory: of all runs.
+      commands: figure -> arguments for the Python interpreter, in the order to run.
+      questions: figure -> the question it asks, for all figures in the index.
+      directory: contains the run directories.
 
     Returns:
-      What became of each.
+      The outcome of each figure in ``commands``.
 
     Raises:
-      Interrupted: a launcher was stopped, and has saved its run; the index is written.
+      Interrupted: a launcher was stopped and has saved its run; the index has been written.
     """
     write_index(directory, questions)
     with Commands() as running:
@@ -76,14 +76,12 @@ def run_all(commands: Mapping[str, Sequence[str]], questions: Mapping[str, str],
                 write_log(directory, name, shlex.join(["python", *command]), [*ended.last_lines, ended.text])
             write_index(directory, questions)
             if stopped and (ended.status or number < len(commands)):
-                raise Interrupted(
-                    f"stopped at {name} ({number} of {len(commands)}). The same command goes on from there"
-                )
+                raise Interrupted(f"Stopped at {name} ({number} of {len(commands)}). Rerun the same command to resume.")
     return [read_entry(directory, name, questions[name]) for name in commands]
 
 
 def summary(entries: Sequence[Entry], directory: Path) -> str:
-    """A table: what became of each figure."""
+    """A text table of the outcome of each figure."""
     return as_text([
         {
             "figure": entry.name,
@@ -120,13 +118,13 @@ def define_flags(values: FlagValues) -> None:
         values,
         ListParser(flags.EnumParser(list(FIGURES))),
         "only",
-        f"figures to run, of {', '.join(FIGURES)} (default: all)",
+        f"which figures to run: {', '.join(FIGURES)} (default: all)",
     )
-    define(values, NameParser(), "run_dir", "where their runs and the index go (default: runs/<preset>)")
+    define(values, NameParser(), "run_dir", "directory for the runs and the index (default: runs/<preset>)")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
     return start(main, define_flags, __doc__, argv, "all.py")
 
 

@@ -1,4 +1,4 @@
-"""How many different instructions is a data set? Effective numbers, duplicates, contamination, and a map of it.
+"""How many different instructions does a data set contain? Effective numbers, duplicates, contamination, and a map.
 
     python -m experiments.diversity_report --data=mine.jsonl --run_dir=runs/mine
     python -m experiments.diversity_report --data=oss=oss.jsonl,alpaca=alpaca.json,cot=cot.json \\
@@ -6,10 +6,10 @@
         --shares=oss=0.75,alpaca=0.15,cot=0.10 --budget=20000 --run_dir=runs/mix
     python -m experiments.diversity_report --example --run_dir=runs/diversity_example
 
-The first looks at a file as it is. The second removes duplicates and rows that repeat evaluation prompts, takes a
-mixture of the rest, exact to the row (*Only-IF*, arXiv 2410.04717, table 1), and compares its sources (figure 1). The
-third needs no data: our own rewrite rules at I = 4, 64 and 4,096. What the numbers mean, and their limits:
-docs/diversity.md.
+The first command analyzes a file as it is. The second drops duplicates and rows that repeat evaluation prompts, samples
+a mixture with exact row counts from the rest (*Only-IF*, arXiv 2410.04717, table 1), and compares its sources (figure
+1). The third needs no data: it uses our own rewrite rules at I = 4, 64 and 4,096. docs/diversity.md explains the
+numbers and their limits.
 """
 
 import dataclasses
@@ -43,19 +43,19 @@ from instrdiv.runtime.progress import telling
 from instrdiv.runtime.provenance import provenance
 from instrdiv.runtime.tables import Row, write_table
 
-#: What of a row is measured.
+#: Values of ``--text``: which part of each row is measured.
 TEXTS = {
     "instruction": lambda row: row.instruction,
     "prompt": lambda row: row.prompt,
     "response": lambda row: row.response,
     "row": whole,
 }
-#: Different rules of the example.
+#: Numbers of different rules in ``--example``.
 EXAMPLE = (4, 64, 4096)
 
 
 def summary(scores: Sequence[Row]) -> str:
-    """The numbers as a table for people."""
+    """A text table of the scores."""
     return as_text(
         [
             {
@@ -73,7 +73,7 @@ def summary(scores: Sequence[Row]) -> str:
 
 
 def example() -> dict[str, list[TextRow]]:
-    """Our own training sets at several numbers of rules, of the same size: the instruction is the rule."""
+    """Our own training sets of equal size, at several numbers of rules; the instruction is the rule."""
     return {
         f"I = {count:,}": [
             TextRow(
@@ -92,7 +92,7 @@ def example() -> dict[str, list[TextRow]]:
 
 
 def digest(location: str) -> str:
-    """What a file was when it was read; empty for what is no file."""
+    """The SHA-256 digest of a file; empty if the location is not a file."""
     if not Path(location).is_file():
         return ""
     with open(location, "rb") as file:
@@ -100,19 +100,19 @@ def digest(location: str) -> str:
 
 
 def check_flags(values: FlagValues, run_dir: Path) -> None:
-    """Raises BadInput for flags that do not go together, and for a directory that cannot be used."""
+    """Raises BadInput for incompatible flags and for a directory that cannot be used."""
     if (values.data is None) != values.example:
-        raise BadInput("--data=FILE,…: name the files to look at, or ask for --example and give none")
+        raise BadInput("--data=FILE,…: name the files to analyze, or pass --example instead (not both)")
     for name, needed in (("budget", "shares"), ("against_field", "against")):
         if values[name].value and not values[needed].value:
             raise BadInput(f"--{name}={values[name].value}: has no effect without --{needed}")
     if run_dir.exists() and not run_dir.is_dir():
-        raise BadInput(f"--run_dir={run_dir}: is a file")
+        raise BadInput(f"--run_dir={run_dir}: is a file, not a directory")
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / "diversity.csv").exists():
-            raise BadInput(f"--run_dir={run_dir}: holds something else; name a directory that is empty or not there")
+            raise BadInput(f"--run_dir={run_dir}: holds something else; name an empty or a new directory")
         if not values.overwrite:
-            raise BadInput(f"--run_dir={run_dir}: holds a report; name another directory, or give --overwrite")
+            raise BadInput(f"--run_dir={run_dir}: already holds a report; name another directory or pass --overwrite")
 
 
 def main(values: FlagValues) -> None:
@@ -133,20 +133,20 @@ def main(values: FlagValues) -> None:
             used = {name: [kept[name][row] for source, row in chosen if source == name] for name in mixture.shares}
         for name, rows in used.items():
             if not rows:
-                raise BadInput(f"--data: nothing is left of {name} without duplicates and contamination")
+                raise BadInput(f"--data: no rows of {name} are left after dropping duplicates and contamination")
         texts = {name: [TEXTS[values.text](row) for row in rows] for name, rows in used.items()}
         found = diversity.measure(texts, embedder, values.same, values.sample, values.map, values.seed, say)
     run_dir.mkdir(parents=True, exist_ok=True)
-    for left in (*FILES, "report.html"):  # of the report that is overwritten
+    for left in (*FILES, "report.html"):  # leftovers of the report being overwritten
         (run_dir / left).unlink(missing_ok=True)
     asked = {
         "data": {name: f"{len(rows):,} rows" for name, rows in sources.items()},
         "mixture": mixture and {name: f"{len(rows):,} rows" for name, rows in used.items()},
-        "measured": f"the {values.text} of a row" if values.text != "row" else "all of a row",
+        "measured": f"the {values.text} of each row" if values.text != "row" else "the whole row",
         "embedder": embedder.name,
         "duplicates dropped": values.duplicates,
-        "not to be in it": values.against and f"{len(evaluation):,} prompts of {', '.join(values.against)}",
-        "rows that ask or answer nothing": empty and f"{len(empty):,}, left out",
+        "contamination checks": values.against and f"{len(evaluation):,} prompts of {', '.join(values.against)}",
+        "empty rows skipped": empty and f"{len(empty):,}",
         "seed": values.seed,
     }
     files = {part: digest(part.partition("=")[2] or part) for part in (*(values.data or ()), *(values.against or ()))}
@@ -171,32 +171,34 @@ def define_flags(values: FlagValues) -> None:
     whole_number = NumberParser(int, low=1)
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     define(values, locations, "data", "FILE or NAME=FILE: .jsonl, .json, .parquet, a directory, or hub:owner/name")
-    define(values, NameParser(), "schema", f"what their fields mean (default: by the fields): {schemas}")
-    define(values, NameParser(), "shares", "a mixture of them: NAME=SHARE with --budget, or NAME=ROWS, …")
-    define(values, whole_number, "budget", "rows of the mixture")
+    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
+    define(values, NameParser(), "shares", "a mixture to sample: NAME=SHARE,… with --budget, or NAME=ROWS,…")
+    define(values, whole_number, "budget", "number of rows in the mixture")
     define(values, locations, "against", "files with evaluation prompts that must not be in the data")
-    define(values, NameParser(), "against_field", "the field with the prompt (default: by the fields)")
-    define_enum(values, "duplicates", DUPLICATES, "which are dropped: none, exact ones, near ones, too", "none")
-    define_switch(values, "drop_empty", "leave out rows that ask or answer nothing, and say how many")
-    define_enum(values, "text", list(TEXTS), "what of a row is measured", "instruction")
+    define(values, NameParser(), "against_field", "the field with the prompt (default: detected from the names)")
+    define_enum(values, "duplicates", DUPLICATES, "which duplicates to drop (near: exact ones, too)", "none")
+    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
+    define_enum(values, "text", list(TEXTS), "which part of each row to measure", "instruction")
     define(
         values,
         NameParser(),
         "embedder",
-        "hashed, sentence-transformers:DIRECTORY, or MODULE:FUNCTION of your own",
+        "hashed, sentence-transformers:DIRECTORY, or your own MODULE:FUNCTION",
         "hashed",
     )
-    define(values, NumberParser(float, low=0.01, high=1), "same", "cosine of one instruction (default: the embedder's)")
-    define(values, NumberParser(int, low=2, high=10_000), "sample", "texts a draw, at most", 2_000)
-    define_enum(values, "map", diversity.MAPS, "how the map is made", "tsne")
-    define(values, NumberParser(int, low=0, high=2**31 - 1), "seed", "of the mixture, the draws and the map", 0)
-    define(values, NameParser(), "run_dir", "where tables, picture and report go", "runs/diversity")
-    define_switch(values, "example", "instead of --data: our own rewrite rules at three numbers of different ones")
-    define_switch(values, "overwrite", "replace the report that is there")
+    define(
+        values, NumberParser(float, low=0.01, high=1), "same", "cosine for one instruction (default: the embedder's)"
+    )
+    define(values, NumberParser(int, low=2, high=10_000), "sample", "maximum number of texts per draw", 2_000)
+    define_enum(values, "map", diversity.MAPS, "layout of the map", "tsne")
+    define(values, NumberParser(int, low=0, high=2**31 - 1), "seed", "seed of the mixture, the draws and the map", 0)
+    define(values, NameParser(), "run_dir", "directory for the tables, the figure and the report", "runs/diversity")
+    define_switch(values, "example", "instead of --data, analyze our own rewrite rules, at three numbers of rules")
+    define_switch(values, "overwrite", "replace an existing report")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
     return start(main, define_flags, __doc__, argv, "diversity_report.py")
 
 

@@ -1,9 +1,9 @@
-"""Tests the members of a run again: other rules, other inputs, at any saved step; and shows what they answer.
+"""Evaluates the members of a run on other rules and inputs, at any saved step, and shows their answers.
 
     python -m experiments.evaluate --run_dir=runs/fig2a --suite=held_out --show=5
 
-What the suites are, and what is made of wrong answers: docs/evaluation.md. The rows go to results.csv and errors.csv
-of the run, in place of those of an earlier evaluation of the same members, step and suite.
+docs/evaluation.md describes the suites and how wrong answers are classified. The rows are written to the run's
+results.csv and errors.csv, and replace those of an earlier evaluation of the same members, step and suite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from instrdiv.tasks.conditions import Suite
 from instrdiv.tasks.known import load_file
 from instrdiv.tasks.task import TASKS, Task
 
-#: Suites of the tasks that are known, for --help.
+#: The suites of the known tasks, for --help.
 KNOWN = "; ".join(f"of {name}: {', '.join(task.suites)}" for name, task in TASKS.items())
 
 
 def summary(results: Sequence[Row]) -> str:
-    """A table: tests, and exact match over the members (mean, lowest, highest), for each slice."""
+    """A text table per slice: number of tests, and exact match over the members (mean, lowest, highest)."""
     by_slice: dict[str, list[Row]] = {}
     for row in results:
         by_slice.setdefault(row["slice"], []).append(row)
@@ -43,7 +43,7 @@ def summary(results: Sequence[Row]) -> str:
 
 
 def shown(task: type[Task], samples: Sequence[Row], count: int) -> str:
-    """Decoded answers beside the right ones, ``count`` a slice, of its members in turn; carets mark what differs."""
+    """Decoded answers next to the right ones: ``count`` per slice, cycling through members; carets mark differences."""
     by_slice: dict[str, dict[str, list[Row]]] = {}
     for row in samples:
         by_slice.setdefault(row["slice"], {}).setdefault(row["member"], []).append(row)
@@ -74,9 +74,9 @@ def _show(task: type[Task], row: Row) -> list[str]:
 
 
 def suites_of(task: type[Task], name: str) -> Mapping[str, Suite]:
-    """The suite of this name, or all of the task's. Raises BadInput where it has none of this name."""
+    """The suite with this name, or the task's suites if it is ``all``. Raises BadInput if there is no such suite."""
     if name != "all" and name not in task.suites:
-        raise BadInput(f"--suite={name}: the suites of the task {task.name} are {', '.join(task.suites)}, or all")
+        raise BadInput(f"--suite={name}: unknown; the task {task.name} has {', '.join(task.suites)}, or all")
     return task.suites if name == "all" else {name: task.suites[name]}
 
 
@@ -102,19 +102,19 @@ def main(values: FlagValues) -> None:
 
 
 def define_flags(values: FlagValues) -> None:
-    define(values, NameParser(), "run_dir", "the directory of a run")
+    define(values, NameParser(), "run_dir", "the run directory")
     define_task_flag(values)
-    define(values, NameParser(), "suite", f"what is tested: a suite of the task ({KNOWN}), or all", "all")
+    define(values, NameParser(), "suite", f"what to test: a suite of the task ({KNOWN}), or all", "all")
     whole = NumberParser(int, low=1)
     define(values, NumberParser(int, low=0), "step", "a saved step (default: the last one)")
     define(values, ListParser(flags.ArgumentParser()), "members", "ids, as in results.csv (default: all)")
-    define(values, whole, "tests", "tests a condition, as far as there are rules (default: the run's)")
-    define(values, NumberParser(int, low=0), "show", "decoded answers to show, a condition", 0)
-    define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all)")
+    define(values, whole, "tests", "tests per condition; fewer if there are not enough rules (default: the run's)")
+    define(values, NumberParser(int, low=0), "show", "decoded answers to show per condition", 0)
+    define(values, NumberParser(int, low=1, high=256), "devices", "number of devices to use (default: all)")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
     return start(main, define_flags, __doc__, argv, "evaluate.py")
 
 

@@ -1,8 +1,8 @@
-"""Writes a trained member as a Transformers GPT-2 checkpoint, so that interpretability tools can open it.
+"""Exports a trained member as a Transformers GPT-2 checkpoint, for example for interpretability tools.
 
     python -m experiments.export --run_dir=runs/fig2a --member=m0123456789 --out=exported
 
-``config.json`` of the run names its members. What is written, and how to read it: docs/export.md.
+The run's ``config.json`` lists its members. docs/export.md describes the files and how to load them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from instrdiv.tasks.known import load_file
 def main(values: FlagValues) -> None:
     for name in ("run_dir", "member", "out"):
         if values[name].value is None:
-            raise BadInput(f"--{name}: must be given; it is {values[name].help}")
+            raise BadInput(f"--{name}: must be given: {values[name].help}")
     if values.task:
         load_file(values.task)
     out = Path(values.out)
@@ -31,13 +31,13 @@ def main(values: FlagValues) -> None:
 def define_flags(values: FlagValues) -> None:
     define(values, NameParser(), "run_dir", "the run directory")
     define_task_flag(values)
-    define(values, NameParser(), "member", "the id of the member to write")
-    define(values, NumberParser(int, low=0), "step", "a saved step (default: the last)")
-    define(values, NameParser(), "out", "the directory to write, empty or not there")
+    define(values, NameParser(), "member", "the id of the member to export")
+    define(values, NumberParser(int, low=0), "step", "a saved step (default: the last one)")
+    define(values, NameParser(), "out", "the output directory, empty or new")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
     return start(main, define_flags, __doc__, argv, "export.py")
 
 

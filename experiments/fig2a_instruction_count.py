@@ -1,18 +1,18 @@
-"""Figure 2a: how many different instructions make a model follow new ones?
+"""Figure 2a: how many different instructions must a model be trained on before it follows new ones?
 
-Of *Only-IF* (P2, arXiv 2410.04717); figure 2 of its forerunner (P1, arXiv 2402.10891).
+Figure 2a of *Only-IF* (P2, arXiv 2410.04717), and figure 2 of its predecessor (P1, arXiv 2402.10891).
 
     python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=runs/fig2a
 
-The number of instructions I varies; the number of examples N = I * S does not.
+The number of instructions I varies; the number of examples N = I * S is fixed.
 
 preset   hardware          time            expect
-smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     3 minutes       a step between I = 128 and 512; unseen below 0.1 under it, 0.95 and more at
+smoke    two CPU cores     half a minute   no result: it only checks that everything runs
+laptop   two CPU cores     3 minutes       a step between I = 128 and 512; unseen below 0.1 before it, at least 0.95 at
                                            I = 16,384; verdict "reproduced" (measured: results/laptop/)
 gpu      one H200          25-45 minutes   not run: time and recipe are extrapolated
 paper    one H200          20-35 hours     not run: time is extrapolated; reported by the papers: about 0 up to I = 300,
-                                           about 1 from I = 1,000 on, whatever the number of examples each
+                                           about 1 from I = 1,000 on, for any number of examples per instruction
 """
 
 from collections.abc import Sequence

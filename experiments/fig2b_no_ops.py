@@ -1,22 +1,22 @@
 """Figure 2b: does it matter how many of the inputs lack the pattern?
 
-Of *Only-IF* (P2, arXiv 2410.04717).
+Figure 2b of *Only-IF* (P2, arXiv 2410.04717).
 
     python -m experiments.fig2b_no_ops --preset=laptop --run_dir=runs/fig2b
 
-A share of the training inputs lacks the pattern (no-ops: to be copied). Panels: has-op, which is the headline and has
-the threshold; the average over the member's own mixture, as the papers draw it; random no-ops; and *near misses*,
-no-ops that contain the pattern but for one letter. Models are trained on random no-ops only, as we read the papers:
-they see a near miss for the first time when they are tested. The number of examples is fixed, so more no-ops are fewer
-has-ops.
+A share of the training inputs lacks the pattern (no-ops, which must be copied unchanged). The panels show has-op, the
+headline, with the threshold; the average over the member's own mixture, as plotted in the papers; random no-ops; and
+*near misses*, no-ops that contain the pattern with one letter changed. As we read the papers, training uses random
+no-ops only, so models see their first near miss when they are tested. The number of examples is fixed, so more no-ops
+mean fewer has-ops.
 
 preset   hardware          time            expect
-smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     8 minutes       the step of figure 2a at every share; three of the five shares
+smoke    two CPU cores     half a minute   no result: it only checks that everything runs
+laptop   two CPU cores     8 minutes       the step of figure 2a at each share (three of the papers' five)
                                            (measured: results/laptop/)
 gpu      one H200          25-50 minutes   not run: time and recipe are extrapolated
 paper    one H200          2-4 days        not run: time is extrapolated; reported by the papers: generalizes from about
-                                           I = 400 on, and there the share hardly matters
+                                           I = 400 on; beyond that, the share hardly matters
 """
 
 from collections.abc import Sequence
@@ -62,12 +62,12 @@ PRESETS = {
     ),
 }
 
-#: slice -> title of its panel.
+#: Slice -> title of its panel.
 PANELS = {
     "has_op": "has-op: the rule applies",
     "all": "average over the member's own mixture",
     "no_op": "random no-ops: copied unchanged",
-    "no_op/near_miss": "near misses: the pattern but for one letter",
+    "no_op/near_miss": "near misses: the pattern with one letter changed",
 }
 
 

@@ -1,22 +1,22 @@
 """Figure 3: does it matter that most rules are rare?
 
-Of *Only-IF* (P2, arXiv 2410.04717), with the shares of its figure 7, and a test of its explanation.
+Figure 3 of *Only-IF* (P2, arXiv 2410.04717), with the shares of its figure 7 and a test of its explanation.
 
     python -m experiments.fig3_long_tail --preset=laptop --run_dir=runs/fig3
 
 The shares of the rules follow a power law; the smaller its shape, the fewer rules have most of the examples. Shapes are
-read as weights (P2 does not say; ``--config.tail_reading=index`` is the other reading). The paper explains its collapse
-by rules that are seen too rarely: the lower panels draw the same models against how many rules count, by entropy and by
-how many have at least n examples; if one rising curve, drawn through the other seeds, predicts a seed's models at every
-I and shape, that way of counting is enough to know. ``figure.csv`` has the error of each.
+read as weights (P2 does not say; ``--config.tail_reading=index`` is the other reading). The paper explains the collapse
+by rules that are seen too rarely. The lower panels plot the same models against the number of rules that count: by
+entropy, and by the number of rules with at least n examples. A way of counting suffices if one rising curve, fitted to
+the other seeds, predicts the models of the left-out seed at each I and shape. ``figure.csv`` has the error of each way.
 
 preset   hardware          time            expect
-smoke    two CPU cores     half a minute   nothing: it only has to run
-laptop   two CPU cores     5 minutes       I = 512 collapses below shape 0.2, I = 8,192 holds at every shape
+smoke    two CPU cores     half a minute   no result: it only checks that everything runs
+laptop   two CPU cores     5 minutes       I = 512 collapses below shape 0.2, I = 8,192 holds at all shapes
                                            (measured: results/laptop/)
 gpu      one H200          25-40 minutes   not run: time and recipe are extrapolated
 paper    one H200          1-2 days        not run: time is extrapolated; reported by the papers: I = 1,000 collapses
-                                           below a shape of about 0.2, I of 10,000 and more holds at every shape
+                                           below a shape of about 0.2, I >= 10,000 holds at all shapes
 """
 
 import functools
@@ -64,9 +64,9 @@ PRESETS = {
     ),
 }
 
-#: A rule counts if it has at least so many examples in the training set: candidates.
+#: Candidate minimum numbers of training examples for a rule to count.
 AT_LEAST = (1, 2, 4, 8, 16, 32)
-#: Ways of saying how many rules a member was trained on: name -> (counts a rule) -> number.
+#: Ways to count the rules that a member was trained on: name -> function from the examples per rule to a number.
 MEASURES: Mapping[str, Callable[[np.ndarray], float]] = {
     "all rules": len,
     "effective number (entropy)": effective_number,
@@ -74,7 +74,7 @@ MEASURES: Mapping[str, Callable[[np.ndarray], float]] = {
 
 
 def counts_of(row: Row) -> np.ndarray:
-    """How many examples use each rule of the member that a row is about, int32 [I]."""
+    """The number of training examples per rule, int32 [I], of the member in a row of results.csv."""
     return _counts(*(row[name] for name in ("instructions", "examples", "tail_shape", "tail_reading", "seed")))
 
 
@@ -82,13 +82,13 @@ _counts = functools.lru_cache(maxsize=None)(rule_counts)
 
 
 def explained(rows: Sequence[Row], name: str) -> float:
-    """How far the members of a seed are from the curve of the others; see ``thresholds.residual``."""
+    """The error of predicting each seed's members from the curve of the other seeds; see ``thresholds.residual``."""
     values = [MEASURES[name](counts_of(row)) for row in rows]
     return thresholds.residual(values, [row["exact_match"] for row in rows], [row["seed"] for row in rows])
 
 
 def at_least(results: Sequence[Row]) -> str:
-    """The n whose count of rules explains ``unseen_dev`` best; it is then drawn on ``unseen``."""
+    """The at-least-n measure that best explains ``unseen_dev``; it is then plotted on ``unseen``."""
     dev = thresholds.select(results, "unseen_dev", "has_op")
     return min((name for name in MEASURES if "at least" in name), key=lambda name: explained(dev, name))
 
@@ -110,7 +110,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
 
 
 def draw_shares(axes, results: Sequence[Row]) -> None:
-    """Figure 7 of P2: the shares of the rules, most frequent first, for the smallest I and the first seed."""
+    """Draws figure 7 of P2: the shares of the rules, most frequent first, for the smallest I and the first seed."""
     fewest, first = min(row["instructions"] for row in results), min(row["seed"] for row in results)
     shapes = sorted({row["tail_shape"] for row in results}, reverse=True)
     for shape, color in zip(shapes, plots.shades(len(shapes)), strict=True):
@@ -128,7 +128,7 @@ def draw_shares(axes, results: Sequence[Row]) -> None:
 
 
 def draw_by_shape(axes, results: Sequence[Row]) -> None:
-    """Figure 3 of P2; besides, trained rules, each tested equally often, and as often as it was trained."""
+    """Draws figure 3 of P2, with trained rules added, tested equally often and in proportion to their shares."""
     shapes = sorted({row["tail_shape"] for row in results}, reverse=True)
     counts = sorted({row["instructions"] for row in results})
     for count, color in zip(counts, plots.shades(len(counts)), strict=True):
@@ -153,14 +153,14 @@ def draw_by_shape(axes, results: Sequence[Row]) -> None:
 
 
 def draw_against(axes, unseen: Sequence[Row], name: str) -> None:
-    """Every member at how many rules it was trained on, by one way of counting."""
+    """Plots each member's exact match against the number of rules it was trained on, by one way of counting."""
     counts = sorted({row["instructions"] for row in unseen})
     for count, color in zip(counts, plots.shades(len(counts)), strict=True):
         rows = [row for row in unseen if row["instructions"] == count]
         x = [MEASURES[name](counts_of(row)) for row in rows]
         match = [row["exact_match"] for row in rows]
         axes.plot(x, match, "o", color=color, ms=5, alpha=0.7, mec="white", mew=0.4, label=f"I = {count:,}")
-    axes.set_xscale("symlog", linthresh=1)  # a member may have no rule that counts
+    axes.set_xscale("symlog", linthresh=1)  # a member may have no rules that count
     axes.set_xlabel(name)
     plots.match_axis(axes, "exact match (unseen, has-op)")
     if unseen:
@@ -174,13 +174,13 @@ def name_of(shape: float) -> str:
 
 
 def claims(results: Sequence[Row], low: float = 0.1, high: float = 0.7) -> list[Claim]:
-    """P2: many rules hold at every shape; few collapse once the tail is long."""
+    """P2: many rules generalize at all shapes; few rules collapse when the tail is long."""
     unseen = thresholds.select(results, "unseen", "has_op")
     counts = sorted({row["instructions"] for row in unseen})
     fewest, most = counts[0], counts[-1]
 
     def means(count: int) -> dict[str, float]:
-        """By shape, uniform first."""
+        """Mean exact match by shape, uniform first."""
         of_shape = thresholds.by_value([row for row in unseen if row["instructions"] == count], "tail_shape")
         return {name_of(shape): float(np.mean(of_shape[shape])) for shape in reversed(of_shape)}
 

@@ -3,21 +3,20 @@
     python -m experiments.finetune_encrypted --preset=laptop
     python -m experiments.finetune_encrypted --preset=paper --base=DIR --run_dir=runs/llama2
 
-Each adapter (LoRA) is trained on I rules that are given through a cipher whose key is in the prompt; then it is asked
-to follow rules it never saw. A training set is left whole, or half of it is dropped: half of every rule's examples, or
-all examples of some rules and few of others.
+Each LoRA adapter is trained on I rules, encrypted with a cipher whose key is in the prompt, and tested on rules it has
+never seen. The training set is kept whole, or half of it is dropped: evenly (half of each rule's examples) or unevenly
+(keeping all examples of some rules and few of others).
 
 preset   base                                                hardware        time
-smoke    a decoder that learned nothing                      two CPU cores   half a minute
+smoke    a barely trained tiny decoder                       two CPU cores   half a minute
 laptop   a small Llama, pretrained here on plain rewriting   two CPU cores   17 minutes (measured)
-paper    Llama-2-7B: its checkpoint, which ``--base`` names  one H200        not run
+paper    Llama-2-7B, a checkpoint given by ``--base``        one H200        not run
 
-``--base`` takes any checkpoint that docs/finetuning.md lists. At rank 512 an adapter takes 4.3 GB while it is
-trained (on q_proj and v_proj): name some of the settings (``--config.instructions``, ``--config.kept``, ``--seeds``) at
-a time.
+``--base`` takes any checkpoint listed in docs/finetuning.md. At rank 512 (on q_proj and v_proj), an adapter takes 4.3
+GB during training, so run a few settings at a time (``--config.instructions``, ``--config.kept``, ``--seeds``).
 
-Expected (the paper, figure 5): more rules generalize better; to drop half of the data evenly costs nothing, to drop it
-unevenly does.
+Expected (figure 5 of the paper): more rules generalize better; dropping half of the data evenly costs nothing, dropping
+it unevenly hurts.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ PRESETS = {
         {"instructions": (64, 256, 1024, 4096), "kept": KEPT},
         tests=1_000,
         tuning=Tuning(
-            Lora(16, 32.0), 8e-3, dataclasses.replace(_RECIPE, microbatch_size=8),  # what fits into a core's cache
+            Lora(16, 32.0), 8e-3, dataclasses.replace(_RECIPE, microbatch_size=8),  # fits into a core's cache
             SmallBase(
                 layers=3, width=64, heads=4, mlp_width=128, instructions=8_192, examples=51_200,
                 recipe=dataclasses.replace(_RECIPE, weight_decay=0.1),
@@ -101,7 +100,7 @@ PRESETS = {
 
 
 def study(asked: Asked) -> Study:
-    """A member a setting and seed."""
+    """One member per setting and seed."""
     members = [asked.member(setting.as_row(), seed) for setting in asked.settings for seed in range(asked.seeds)]
     for member in members:
         encrypted(member).validate()
@@ -115,12 +114,12 @@ def study(asked: Asked) -> Study:
 
 
 def encrypted(member: AdapterMember) -> EncryptedSetting:
-    """What a member is trained on."""
+    """The setting of a member's training data."""
     return EncryptedSetting(**member.setting)
 
 
 def pack_all(members: Sequence[AdapterMember], tokenizer: Tokenizer) -> list[Packed]:
-    """Every member's training set, an example a row, all as long as the longest example."""
+    """Each member's training set, one example per row, padded to the longest example of all members."""
     template = make_template("plain", tokenizer)
     examples = [list(tokenize(training_rows(encrypted(m), m.seed), template, tokenizer)) for m in members]
     longest = max(len(example.tokens) for of_member in examples for example in of_member)
@@ -128,7 +127,7 @@ def pack_all(members: Sequence[AdapterMember], tokenizer: Tokenizer) -> list[Pac
 
 
 def tests(asked: Asked, tokenizer: Tokenizer) -> AnswerTests:
-    """All splits for every member; and for the base, which knows no cipher, plain rules and encrypted ones."""
+    """The tests: all splits for each member; plain and encrypted rules for the base, which knows no cipher."""
     dev_tests, first = asked.preset.dev_tests, asked.settings[0]
 
     def of_member(member: AdapterMember, split: str) -> list:
@@ -152,7 +151,7 @@ def tests(asked: Asked, tokenizer: Tokenizer) -> AnswerTests:
 
 
 def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path) -> None:
-    """Exact match on unseen encrypted rules against the number of rules, for every way the data were dropped."""
+    """Draws exact match on unseen encrypted rules against the number of rules, for each way of dropping data."""
     figure = plots.new_figure(9.5, 5.4, "Following encrypted rules that were never trained on")
     axes = figure.add_subplot()
     plots.count_axis(
@@ -167,12 +166,12 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path) -> None:
     for kept, (label, color, marker, aside) in _WAYS.items():
         rows = [row for row in thresholds.select(results, "unseen", "has_op") if row["kept"] == kept]
         if rows:
-            # Side by side: a nudge too small to be read as another number of rules.
+            # Shift the curves slightly apart, too little to be mistaken for another number of rules.
             beside = {count * aside: values for count, values in thresholds.by_value(rows).items()}
             plots.curve(axes, beside, color, label, marker)
     for split, label, style in (
-        ("plain", "the base, on plain unseen rules", "--"),
-        ("unseen", "the base, on encrypted ones", "-."),
+        ("plain", "the base, on unseen plain rules", "--"),
+        ("unseen", "the base, on unseen encrypted rules", "-."),
     ):
         value = next((row["exact_match"] for row in base if (row["split"], row["slice"]) == (split, "has_op")), None)
         if value is not None:
@@ -184,15 +183,15 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path) -> None:
     tested = thresholds.select(results, "unseen", "has_op")[0]["tests"]
     plots.save(
         figure,
-        f"{seeds} seeds a setting; {tested:,} unseen has-op tests a model; dots: models; line and bars: mean and 95 % "
-        f"t-interval over seeds.\n{same['examples']:,} examples before any are dropped, "
+        f"{seeds} seeds per setting; {tested:,} unseen has-op tests per model; dots: models; line and bars: mean and "
+        f"95 % t-interval over seeds.\n{same['examples']:,} examples before any are dropped, "
         f"{results[0]['examples_seen']:,} seen. Cipher: {same['cipher']}, {same['keys']} keys, {same['alphabet_size']} "
-        f"letters. LoRA of rank {same['rank']}." + (f" {diverged} diverged (left out)." if diverged else ""),
+        f"letters. LoRA rank {same['rank']}." + (f" {diverged} diverged (left out)." if diverged else ""),
         path_stem,
     )
 
 
-#: Ways of dropping data: label, color, marker, and how far aside of the number of rules they are drawn.
+#: Ways of dropping data -> label, color, marker, and the factor by which the points are shifted along the I axis.
 _WAYS = {
     "all": ("all examples", plots.UNSEEN, "o", 0.88),
     "half_even": ("half of them, dropped evenly", plots.SEEN, "s", 1.0),
@@ -201,10 +200,10 @@ _WAYS = {
 
 
 def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
-    """P1, section 5: few rules do not generalize, more do; dropping half evenly costs nothing, unevenly it does.
+    """P1, section 5: few rules do not generalize, more do; dropping half evenly costs nothing, unevenly it hurts.
 
-    Ways of dropping are compared where any of them passes ``low``: per seed, the mean of the differences at these
-    numbers of rules; the interval is over seeds.
+    Ways of dropping are compared at the numbers of rules where any of them exceeds ``low``: the differences there are
+    averaged for each seed, and the interval is over seeds.
     """
     unseen = thresholds.select(results, "unseen", "has_op")
     counts = sorted({row["instructions"] for row in unseen})

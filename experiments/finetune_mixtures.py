@@ -4,21 +4,22 @@
         --template=magicoder --mixtures=oss=20000 --mixtures=oss=15000,alpaca=3000,cot=2000 --run_dir=runs/code
     python -m experiments.finetune_mixtures --preset=smoke
 
-One adapter (LoRA) a mixture and seed, all trained together over one frozen base. The data are cleaned, some rows of
-every source are held out, and every mixture is taken from the rest, exact to the row; with the same seed, more rows of
-a source contain fewer. The table has, for every member and source, the loss on the held-out responses.
+One LoRA adapter per mixture and seed, all trained together over one frozen base. The data are cleaned, some rows of
+each source are held out, and each mixture is sampled from the rest with exact row counts; with the same seed, a smaller
+sample of a source is a subset of a larger one. The table has the loss on the held-out responses per member and source.
 
 preset   base and data                                       hardware        time
-smoke    its own: a tiny decoder, two kinds of rewriting     two CPU cores   half a minute
+smoke    built in: a tiny decoder, two kinds of rewriting    two CPU cores   half a minute
 paper    a checkpoint and files that you name                one GPU         not run
 
-From the paper: learning rate 1e-5, batch 4, 3 epochs, 768 tokens, eight bits. Not given, and chosen here: rank 64,
-alpha 128, all linear layers, three seeds, 256 held-out rows a source. A row holds several examples, which cannot see
-each other; with ``--unpacked``, one, as (we think) the paper's. Members share their steps: those of the member with the
-most packed rows, times ``--epochs``; others go through their rows more often, and the table says how often.
+From the paper: learning rate 1e-5, batch size 4, 3 epochs, 768 tokens, int8. Chosen here, where the paper is silent:
+rank 64, alpha 128, all linear layers, three seeds, 256 held-out rows per source. A packed row holds several examples,
+which cannot attend to each other; with ``--unpacked`` it holds one, as (we think) in the paper. All members take the
+same number of steps: ``--epochs`` passes of the member with the most packed rows. Members with fewer rows make more
+passes; ``results.csv`` and ``packing.csv`` give their number.
 
-The paper tests programs and answers (HumanEval, MBPP, MMLU, ...). That is for other tools: ``adapters/<member>/`` is
-what PEFT reads.
+The paper evaluates on benchmarks (HumanEval, MBPP, MMLU, ...). Use other tools for these: PEFT can load
+``adapters/<member>/``.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ PRESETS = {
         ),
     ),
 }
-#: Of the presets that need no data: plain and encrypted rewriting, and the mixtures of them.
+#: Presets that need no data files: the setting of their plain and encrypted rewriting, and their default mixtures.
 OWN_DATA = {
     "smoke": EncryptedSetting(
         instructions=16, examples=128, keys=2, alphabet_size=12, input_length=8, separator="none"
@@ -80,16 +81,16 @@ OWN_MIXTURES = {"smoke": ("plain=64", "plain=48,encrypted=16")}
 
 
 def study(asked: Asked) -> Study:
-    """A member a mixture and seed. Raises BadInput for flags that are missing or do not go together."""
+    """One member per mixture and seed. Raises BadInput for missing or incompatible flags."""
     values, (setting,), own = asked.flags, asked.settings, OWN_DATA.get(asked.flags.preset)
     mixtures = values.mixtures or (() if values.data else OWN_MIXTURES.get(values.preset, ()))
     for name, there, what in (
-        ("base", asked.tuning.small or values.base, "DIR, the directory of a checkpoint"),
-        ("data", own or values.data, "NAME=FILE,…, the sources"),
+        ("base", asked.tuning.small or values.base, "DIR, a checkpoint directory"),
+        ("data", own or values.data, "NAME=FILE,…, the data sources"),
         ("mixtures", mixtures, "SOURCE=ROWS,…, once for each mixture"),
     ):
         if not there:
-            raise BadInput(f"--{name}: must be given, --{name}={what}; --preset=smoke needs nothing")
+            raise BadInput(f"--{name}: must be given, --{name}={what}; --preset=smoke needs none of these")
     steps, epochs = values["config.steps"].value, values.epochs or values["config.epochs"].value
     if steps and epochs:
         raise BadInput(f"--epochs={epochs:g}: give this or --config.steps={steps}, not both")
@@ -117,7 +118,7 @@ def study(asked: Asked) -> Study:
 
 
 def columns(asked: Asked) -> dict:
-    """What tables say of how the data were made."""
+    """Columns of the tables that describe how the data were made."""
     values, setting = asked.flags, asked.settings[0]
     return {
         "template": setting.template,
@@ -130,7 +131,7 @@ def columns(asked: Asked) -> dict:
 
 
 def own_sources(setting: EncryptedSetting | None) -> dict[str, list[Text]]:
-    """Plain and encrypted rewriting, for where no data are at hand."""
+    """Rows of plain and of encrypted rewriting, used when no data files are given."""
     assert setting is not None
     rows = {"plain": plain_rows(setting, seed=0, count=setting.examples), "encrypted": training_rows(setting, seed=0)}
     return {name: [dataclasses.replace(row, source=name) for row in of_source] for name, of_source in rows.items()}
@@ -140,14 +141,14 @@ def define_flags(values: FlagValues) -> None:
     locations = ListParser(NameParser())
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     define(values, locations, "data", "FILE or NAME=FILE: .jsonl, .json, .parquet, a directory, or hub:owner/name")
-    define(values, NameParser(), "schema", f"what their fields mean (default: by the fields): {schemas}")
-    define_switch(values, "drop_empty", "leave out rows that ask or answer nothing, and say how many")
-    help = "SOURCE=ROWS,…, or SOURCE=SHARE,… with --budget; once for each mixture"
+    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
+    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
+    help = "SOURCE=ROWS,…, or SOURCE=SHARE,… with --budget; repeat the flag for each mixture"
     define_many(values, NameParser(), "mixtures", help)
-    define(values, NumberParser(int, low=1), "budget", "rows of every mixture, where these are given as shares")
+    define(values, NumberParser(int, low=1), "budget", "rows of each mixture, if the mixtures are given as shares")
     define(values, locations, "against", "files with evaluation prompts that must not be in the data")
-    define(values, NameParser(), "against_field", "the field with the prompt (default: by the fields)")
-    define_switch(values, "unpacked", "one example a row, padded, in place of as many as fit")
+    define(values, NameParser(), "against_field", "the field with the prompt (default: detected from the names)")
+    define_switch(values, "unpacked", "one padded example per row, instead of as many as fit")
 
 
 FINETUNING = FineTuningFigure(

@@ -1,16 +1,16 @@
-"""How many of YOUR instructions must a model be trained on before it follows the others?
+"""How many of your own instructions must a model be trained on before it follows the others?
 
     python -m experiments.jsonl_instructions --preset=laptop --config.data=my.jsonl --config.instructions=4,16,64
 
-Figure 2a on a file of JSON lines, a row ``{"instruction": ..., "input": ..., "answer": ...}``, one token per character.
-Whole instructions are held out (``--config.held_out_share``); the curve says how well models that were trained on
-I of the others follow them. A third or so of the held-out ones serve ``unseen_dev``. Of a trained instruction,
-``--config.test_rows`` of the rows are kept for the split ``seen``.
+Figure 2a on a JSON Lines file with rows ``{"instruction": ..., "input": ..., "answer": ...}``, one token per character.
+Whole instructions are held out (``--config.held_out_share``); the curve shows how well models trained on I of the
+others follow them. About a third of the held-out ones are used for ``unseen_dev``. A share of the rows of each trained
+instruction (``--config.test_rows``) is kept for the split ``seen``.
 
 preset   hardware          time                         expect
-smoke    two CPU cores     half a minute                nothing: it only has to run
+smoke    two CPU cores     half a minute                no result: it only checks that everything runs
 laptop   two CPU cores     a minute for each I          your curve: it depends on your rows
-                                                        (for rows of some 30 characters; longer ones take longer)
+                                                        (for rows of about 30 characters; longer rows take longer)
 """
 
 from collections.abc import Sequence

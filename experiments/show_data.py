@@ -1,9 +1,9 @@
-"""Looks at the data that a setting makes: rules, inputs, answers.
+"""Prints examples of the data that a setting generates: rules, inputs, answers.
 
     python -m experiments.show_data --preset=laptop --config.instructions=64 --num=10 --format=text
 
-Any ``--config.<field>`` of the launchers works. The training set is shown in the order of its first epoch. Another
-task is shown by the launcher that trains it: ``--task=experiments/jsonl_instructions.py``.
+All ``--config.<field>`` flags of the launchers work. The training set is shown in the order of its first epoch. For
+another task, pass the launcher that trains it: ``--task=experiments/jsonl_instructions.py``.
 """
 
 import dataclasses
@@ -42,11 +42,11 @@ from instrdiv.training.population import stack_group, training_example
 
 
 def rows(setting: TaskSetting, split: str, count: int, seed: int, dev_tests: int) -> list[dict]:
-    """Examples as the parts of the prompt, the answer, what is known of them, ``rule_id`` and ``split``.
+    """Examples as dicts of the prompt parts, the answer, the example's facts, ``rule_id`` and ``split``.
 
-    In string rewriting: ``pattern, replacement, input, answer, op, rule_id, split``. ``rule_id`` is the rule's place in
-    the seed's pool (``train``, ``seen``) or among the held-out rules; the first ``dev_tests`` of those are
-    ``unseen_dev``, the next ones ``unseen``. Raises BadInput for a setting that cannot be sampled.
+    In string rewriting: ``pattern, replacement, input, answer, op, rule_id, split``. ``rule_id`` is the rule's index in
+    the seed's pool (``train``, ``seen``) or among the held-out rules, of which the first ``dev_tests`` are
+    ``unseen_dev`` and the next ones ``unseen``. Raises BadInput for a setting that cannot be sampled.
     """
     setting.validate()
     most = {"train": setting.examples, "unseen_dev": dev_tests}.get(split, count)
@@ -77,7 +77,7 @@ def rows(setting: TaskSetting, split: str, count: int, seed: int, dev_tests: int
 
 
 def as_text(shown: list[dict]) -> str:
-    """A table for people."""
+    """Formats rows as an aligned text table."""
     names = list(shown[0])
     table = [names] + [[str(row[name]) for name in names] for row in shown]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -87,9 +87,9 @@ def as_text(shown: list[dict]) -> str:
 
 
 def bases(argv: Sequence[str]) -> Mapping[str, tuple[TaskSetting, int]]:
-    """The presets, each a setting and how many held-out rules its run tunes on.
+    """The presets: name -> (setting, number of ``unseen_dev`` rules).
 
-    Those of the launcher that ``--task`` names among the flags, else those of string rewriting.
+    Taken from the launcher given by ``--task`` in the flags, otherwise from string rewriting.
     """
     named = []
     for word, following in itertools.pairwise([*argv, ""]):
@@ -101,7 +101,7 @@ def bases(argv: Sequence[str]) -> Mapping[str, tuple[TaskSetting, int]]:
         return {name: (base, DEV_TESTS[name]) for name, base in of_rewriting.items()}
     module = load_file(named[-1])
     if not hasattr(module, "FIGURE"):
-        raise BadInput(f"--task={named[-1]}: has no FIGURE; name a launcher")
+        raise BadInput(f"--task={named[-1]}: defines no FIGURE; name a launcher")
     return {name: (preset.base, preset.dev_tests) for name, preset in module.FIGURE.presets.items()}
 
 
@@ -119,15 +119,15 @@ def define_flags(values: FlagValues, presets: Mapping[str, tuple[TaskSetting, in
     define_setting_flags(values, type(next(iter(presets.values()))[0]))
     define_task_flag(values)
     define_enum(
-        values, "split", ["train", *SPLITS], "training set, or the rules of a test split with fresh inputs", "train"
+        values, "split", ["train", *SPLITS], "the training set, or the rules of a test split with fresh inputs", "train"
     )
-    define_enum(values, "format", ["text", "jsonl"], "how it is written", "text")
-    define(values, NumberParser(int, low=1), "num", "how many examples", 10)
-    define(values, NumberParser(int, low=0, high=2**31 - 1), "seed", "whose rules and inputs", 0)
+    define_enum(values, "format", ["text", "jsonl"], "output format", "text")
+    define(values, NumberParser(int, low=1), "num", "number of examples", 10)
+    define(values, NumberParser(int, low=0, high=2**31 - 1), "seed", "the seed whose rules and inputs are shown", 0)
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
 
     @functools.cache
     def presets() -> Mapping[str, tuple[TaskSetting, int]]:
@@ -140,6 +140,6 @@ def launch(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+    if hasattr(signal, "SIGPIPE"):  # exit quietly when piped into `head`
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     launch()

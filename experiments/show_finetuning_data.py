@@ -1,12 +1,12 @@
-"""Looks at fine-tuning data as a model sees them: which text, which tokens, and which of them the loss is on.
+"""Prints fine-tuning data as the model sees it: the text, the tokens, and which tokens the loss is on.
 
     python -m experiments.show_finetuning_data --data=alpaca.json --checkpoint=Llama-2-7b-hf --template=alpaca --num=3
     python -m experiments.show_finetuning_data --data=hub:ise-uiuc/Magicoder-OSS-Instruct-75K --checkpoint=... \\
         --template=magicoder --max_length=768 --report
 
-Of the checkpoint, only the tokenizer is read. In text, what the loss is on stands between ⟦ and ⟧; ``--format=tokens``
-has a line a token, ``--format=jsonl`` an object an example. ``--report`` tokenizes and packs all rows, and says (on
-standard error) what is cut off.
+Only the tokenizer of the checkpoint is read. In the text format, ⟦ and ⟧ enclose the parts that the loss is on;
+``--format=tokens`` prints one line per token, ``--format=jsonl`` one object per example. ``--report`` tokenizes and
+packs all rows, and reports on standard error what is cut off.
 """
 
 import itertools
@@ -27,20 +27,20 @@ from instrdiv.runtime.errors import BadInput
 
 
 def runs(example: Example, length: int) -> list[tuple[bool, list[int]]]:
-    """(loss, tokens) of every run of tokens that are alike in that, cut at the length."""
+    """(loss, tokens) for each run of tokens that the loss is or is not on, truncated to the length."""
     pairs = zip(example.tokens[:length].tolist(), example.loss_mask[:length].tolist(), strict=True)
     return [(loss, [token for token, _ in run]) for loss, run in itertools.groupby(pairs, lambda pair: pair[1])]
 
 
 def as_text(example: Example, tokenizer: Tokenizer, length: int) -> str:
-    """The text of an example, with marks around what the loss is on."""
+    """The text of an example, with marks around the parts that the loss is on."""
     parts = [tokenizer.decode(ids, start=not i) for i, (_, ids) in enumerate(runs(example, length))]
     marked = (f"⟦{part}⟧" if loss else part for part, (loss, _) in zip(parts, runs(example, length), strict=True))
     return f"{_head(example, length)}\n{''.join(marked)}\n"
 
 
 def as_tokens(example: Example, tokenizer: Tokenizer, length: int) -> str:
-    """A line a token: its place, its number, how the vocabulary writes it; a bar where the loss is on it."""
+    """One line per token: its position, a bar if the loss is on it, its id, and its spelling in the vocabulary."""
     pairs = zip(example.tokens[:length].tolist(), example.loss_mask[:length], strict=True)
     lines = [f"{place:6} {'|' if loss else ' '} {token:7}  {tokenizer.token(token)!r}"
              for place, (token, loss) in enumerate(pairs)]  # fmt: skip
@@ -48,7 +48,7 @@ def as_tokens(example: Example, tokenizer: Tokenizer, length: int) -> str:
 
 
 def as_json(example: Example, tokenizer: Tokenizer, length: int) -> str:
-    """``source, where, tokens, loss_mask, prompt, response``; the last two are of the first turn."""
+    """A JSON object: ``source, where, tokens, loss_mask, prompt, response``; the last two are of the first turn."""
     prompt, response, *_ = [*runs(example, length), (True, [])]
     return json.dumps({
         "source": example.source,
@@ -72,7 +72,7 @@ def _head(example: Example, length: int) -> str:
 def main(values: FlagValues) -> None:
     for name in ("data", "checkpoint"):
         if values[name].value is None:
-            raise BadInput(f"--{name}: must be given; it is {values[name].help}")
+            raise BadInput(f"--{name}: must be given: {values[name].help}")
     tokenizer = Tokenizer.load(values.checkpoint)
     template = make_template(values.template, tokenizer)
     dropped: list[str] | None = [] if values.drop_empty else None
@@ -85,29 +85,29 @@ def main(values: FlagValues) -> None:
         _, report = pack(itertools.chain(shown, examples), values.max_length, tokenizer.pad_id)
         print(report.text, file=sys.stderr)
     if dropped:
-        print(f"left out, because they ask or answer nothing: {len(dropped):,}, first {dropped[0]}", file=sys.stderr)
+        print(f"Skipped {len(dropped):,} empty rows (first: {dropped[0]}).", file=sys.stderr)
 
 
 def define_flags(values: FlagValues) -> None:
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     templates = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
     define(values, NameParser(), "data", "a .jsonl, .json or .parquet file, a directory, or hub:owner/name[:split]")
-    define(values, NameParser(), "schema", f"what its fields mean (default: by the fields): {schemas}")
+    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
     define(values, NameParser(), "checkpoint", "a directory with a tokenizer.json")
     define(values, NameParser(), "template", f"how a row becomes text: {templates}", "alpaca")
-    define(values, NumberParser(int, low=2), "max_length", "tokens at which examples are cut", 768)
-    define(values, NumberParser(int, low=0), "num", "how many examples are shown", 3)
-    define_enum(values, "format", list(FORMATS), "how they are shown", "text")
-    define_switch(values, "report", "read all rows, and say what truncation and packing do to them")
-    define_switch(values, "drop_empty", "leave out rows that ask or answer nothing, and say how many")
+    define(values, NumberParser(int, low=2), "max_length", "number of tokens to which examples are truncated", 768)
+    define(values, NumberParser(int, low=0), "num", "number of examples to show", 3)
+    define_enum(values, "format", list(FORMATS), "output format", "text")
+    define_switch(values, "report", "read all rows, and report the effects of truncation and packing")
+    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Runs this command in this process; without flags, on those that this process was started with."""
+    """Runs this command in this process, with the flags in ``argv`` or, by default, those of the command line."""
     return start(main, define_flags, __doc__, argv, "show_finetuning_data.py")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+    if hasattr(signal, "SIGPIPE"):  # exit quietly when piped into `head`
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     launch()

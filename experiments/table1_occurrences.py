@@ -1,16 +1,16 @@
 """Table 1: does it matter how often the pattern occurs in the inputs?
 
-Of *Instruction Diversity Drives Generalization To Unseen Tasks* (P1, arXiv 2402.10891), section 4.3.
+Table 1 of *Instruction Diversity Drives Generalization To Unseen Tasks* (P1, arXiv 2402.10891), section 4.3.
 
     python -m experiments.table1_occurrences --preset=laptop --run_dir=runs/table1
 
-Models are trained on inputs in which the pattern is planted a fixed number of times, or on the mixture of all these
-numbers; each is tested on all of them and on the mixture. Only the first occurrence is to be replaced: who was trained
-on one alone never had to choose. P1 does not give the lengths: at the larger presets the input has 150 letters and the
-pattern 5, so that 20 fit.
+Models are trained on inputs that contain the pattern a fixed number of times, or on the mixture of all these numbers;
+each is tested on all numbers and on the mixture. Only the first occurrence must be replaced, so a model trained on
+single occurrences never had to choose. P1 does not give the lengths: in the larger presets, inputs have 150 letters and
+patterns 5, so that 20 occurrences fit.
 
 preset   hardware          time            expect
-smoke    two CPU cores     half a minute   nothing: it only has to run
+smoke    two CPU cores     half a minute   no result: it only checks that everything runs
 laptop   two CPU cores     6 minutes       1, 2 and 3 occurrences in 12 letters: the mixture beats each of them
                                            (measured: results/laptop/)
 gpu      one H200          40-70 minutes   not run: time and recipe are extrapolated
@@ -66,7 +66,7 @@ PRESETS = {
 
 
 def conditions(settings: Sequence[Setting]) -> list[Condition]:
-    """Every way that some member was trained, for all of them: the columns of the matrix."""
+    """Tests every member on each number of occurrences that some member was trained on: the columns of the matrix."""
     trained = dict.fromkeys(setting.occurrences for setting in settings)
     return [
         Condition(f"occurrences_tested={'+'.join(map(str, planted))}", held_out, {"occurrences": planted})
@@ -75,7 +75,7 @@ def conditions(settings: Sequence[Setting]) -> list[Condition]:
 
 
 def tested_on(results: Sequence[Row]) -> dict[str, list[Row]]:
-    """What was planted in the tests -> has-op rows of unseen rules; single numbers first, the mixture last."""
+    """Occurrences in the tests -> has-op rows of unseen rules; single numbers first, the mixture last."""
     trained = sorted({row["occurrences"] for row in results}, key=_order)
     return {
         str(planted): thresholds.select(results, "unseen", f"occurrences_tested={planted}/has_op")
@@ -84,7 +84,7 @@ def tested_on(results: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _order(planted: str | int) -> tuple[int, str]:
-    """Fewest first; a mixture after every single number. (In a table, a single number reads as a number.)"""
+    """Sort key: fewest first, mixtures after all single numbers. (Tables read a single number as an int.)"""
     numbers = str(planted).split("+")
     return (len(numbers) * 1000 + int(numbers[-1]), str(planted))
 
@@ -125,7 +125,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
 
 
 def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
-    """P1: the mixture beats any single number at every I where anything generalizes; few rules give 0. About means."""
+    """P1, on means: the mixture beats any single number at each I where anything generalizes; few rules give 0."""
     mixture = list(tested_on(results).values())[-1]
     counts = sorted({row["instructions"] for row in mixture})
     found = []
@@ -151,7 +151,7 @@ def claims(results: Sequence[Row], low: float = 0.1) -> list[Claim]:
 
 
 def _differences(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
-    """Exact match less that of the other member with the same seed, for every seed that both have."""
+    """Exact match minus that of the other member with the same seed, for each seed that both have."""
     theirs = {row["seed"]: row["exact_match"] for row in others}
     return [row["exact_match"] - theirs[row["seed"]] for row in rows if row["seed"] in theirs]
 

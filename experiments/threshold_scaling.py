@@ -2,24 +2,24 @@
 
     python -m experiments.threshold_scaling --preset=laptop --run_dir=runs/scaling --factor=width,depth
 
-How does I50 move with the model (width, depth, positions), the training (optimizer, rate, epochs), the strings
-(alphabet, pattern) and the number of examples? One factor is changed at a time, all else as in the base; ``--factor``
-names one or some, otherwise all are run. Levels that change a shape are groups of their own in the same run.
-``examples`` changes the number of different examples N at a fixed number of steps, ``epochs`` the number of steps at a
-fixed N; ``rate`` changes both of Muon's rates together; with ``pattern``, the replacement is as long as the pattern.
-A level changes nothing else, and so is not tuned: heads, rates and the steps of warm-up stay those of the base (AdamW's
-rate, 3e-3, is the one of our first trials). Shorter patterns and smaller alphabets also mean fewer strings: there are
-676 of 2 letters, so that many rules share a pattern.
+How does I50 depend on the model (width, depth, positions), the training (optimizer, rate, epochs), the strings
+(alphabet, pattern) and the number of examples? One factor is changed at a time, with all else as in the base;
+``--factor`` selects one or several factors (default: all). Levels that change a shape form separate groups in the same
+run. ``examples`` changes the number of different examples N at a fixed number of steps, ``epochs`` the number of steps
+at a fixed N; ``rate`` changes both of Muon's rates together; with ``pattern``, the replacement is as long as the
+pattern. A level changes nothing else, so it is not tuned: heads, rates and warmup steps stay those of the base (AdamW's
+rate, 3e-3, is from our first trials). Shorter patterns and smaller alphabets also mean fewer strings: there are only
+676 with 2 letters, so many rules share a pattern.
 
-``figure.csv`` has the threshold of every level, its ratio to that of the base (intervals at a confidence that makes up
-for the number of comparisons), and the exponent of a power law through the levels.
+``figure.csv`` has the threshold of each level, its ratio to the base's (with intervals corrected for the number of
+comparisons), and the exponent of a power law through the levels.
 
 preset   hardware          time                  expect
-smoke    two CPU cores     a minute              nothing: it only has to run
-laptop   two CPU cores     6 minutes a factor    one epoch raises it; width, depth and the number of examples show
-                                                 nothing (measured: results/laptop/; the other factors: not run)
-gpu      one H200          an hour a factor      not run: time and recipe are extrapolated
-paper    one H200          a day or two a factor not run: time is extrapolated; the papers report one threshold only
+smoke    two CPU cores     a minute              no result: it only checks that everything runs
+laptop   two CPU cores     6 minutes per factor  one epoch raises I50; width, depth and the number of examples
+                                                 show no effect (measured: results/laptop/; the other factors: not run)
+gpu      one H200          1 hour per factor     not run: time and recipe are extrapolated
+paper    one H200          1-2 days per factor   not run: time is extrapolated; the papers report one threshold only
 """
 
 import math
@@ -36,7 +36,7 @@ from instrdiv.runtime.tables import Row, write_table
 
 Level = Mapping[str, Any]
 
-#: Of a factor, the columns that its levels change; the first one names them.
+#: Factor -> the columns that its levels change; the first one identifies the level.
 FIELDS = {
     "width": ("width",),
     "depth": ("layers",),
@@ -49,7 +49,7 @@ FIELDS = {
     "epochs": ("epochs",),
 }
 
-#: Factors whose trend may be a power law; of a rate, rather, there is a best one.
+#: Factors whose trend may be a power law. (A rate has an optimum instead.)
 TRENDS = ("width", "depth", "pattern", "examples", "epochs")
 
 LAPTOP_FACTORS: Mapping[str, Sequence[Level]] = {
@@ -67,7 +67,7 @@ LAPTOP_FACTORS: Mapping[str, Sequence[Level]] = {
     "alphabet": ({"alphabet_size": 13}, {}),
     "optimizer": ({}, {"optimizer": "adamw", "learning_rate": 3e-3}),
 }
-# The papers' model and strings: what the gpu and the paper preset have in common.
+# Factors shared by the gpu and the paper preset, which both use the papers' model and strings.
 PAPER_FACTORS: Mapping[str, Sequence[Level]] = {
     "width": ({"width": 128}, {}, {"width": 512}),
     "depth": ({"layers": 3}, {}, {"layers": 12}),
@@ -126,11 +126,11 @@ PRESETS = {
 
 
 def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], dict[str, Any]]:
-    """What the members of a run say of each factor, from their rows alone.
+    """The thresholds of each factor's levels, computed from the rows of a run alone.
 
     Returns:
-      factor -> its levels, in order -> threshold; and factor -> the level of the base, which all factors share.
-      Settings that no factor explains (a change of the base that was added to the run later) belong to none.
+      factor -> its levels, in order -> threshold; and factor -> the base's level. All factors share the base. Settings
+      that no single factor explains (such as a changed base added to the run later) are ignored.
     """
     headline = thresholds.select(results, "unseen", "has_op")
     fields = tuple(name for name in SETTING_COLUMNS if name != "instructions")
@@ -141,7 +141,8 @@ def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], d
         changed = {name for name in fields if variant[name] != base[name]}
         return next((f for f, names in FIELDS.items() if names[0] in changed and changed <= set(names)), None)
 
-    # The base is what all others are one factor away from; with a single factor, the level that a preset starts from.
+    # The base is the variant from which all others differ by one factor. With a single factor, that is ambiguous: take
+    # the variant most like the base of a preset.
     bases = [preset.base.as_row() for preset in PRESETS.values()]
 
     def likeness(key: tuple) -> tuple[int, int]:
@@ -164,15 +165,15 @@ def by_level(results: Sequence[Row]) -> tuple[dict[str, dict[Any, Threshold]], d
 
 
 def trends_of(levels: Mapping[str, Mapping[Any, Threshold]]) -> dict[str, Interval]:
-    """The exponents of the factors of ``TRENDS`` that have three levels; their intervals hold together."""
+    """The exponents of the factors in ``TRENDS`` with at least three levels, with simultaneous intervals."""
     factors = [factor for factor in TRENDS if len(levels.get(factor, ())) >= 3]
     return {factor: thresholds.trend(levels[factor], len(factors)) for factor in factors}
 
 
 def summary(levels: Mapping[str, Mapping[Any, Threshold]], at_base: Mapping[str, Any]) -> list[Row]:
-    """A row a factor and level (see ``by_level``): threshold, ratio to the base's, and the trend of the factor, if any.
+    """One row per factor and level (see ``by_level``): threshold, ratio to the base's, and the factor's trend, if any.
 
-    Intervals of the ratios hold together, and so do those of the trends.
+    The intervals of the ratios are simultaneous, and so are those of the trends.
     """
     if not levels:
         return []
@@ -211,7 +212,7 @@ def draw(results: Sequence[Row], path_stem: Path) -> None:
     figure.supylabel("threshold I50, unseen has-op", fontsize=10)
     comparisons = sum(len(of_factor) - 1 for of_factor in levels.values())
     notes = (
-        "Orange: the base, in every panel. Bars: geometric means. Arrows: seeds whose step lies outside the tested I.",
+        "Orange: the base, in every panel. Bars: geometric means. Arrows: seeds whose step is beyond the tested I.",
         f"{comparisons} comparisons with the base; {len(trends)} trends, exponents with simultaneous 95 % intervals.",
     )
     plots.finish(figure, results, path_stem, *notes)

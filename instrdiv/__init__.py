@@ -1,4 +1,4 @@
-"""A laboratory for one question: how many different instructions must a model see before it follows new ones?
+"""Experiments on one question: how many different instructions must a model see before it follows new ones?
 
 In a notebook:
 

@@ -59,10 +59,13 @@ def rows_of(tokens: np.ndarray) -> llama.Rows:
 
 def logits(weights, tokens, adapters=None, scale=None) -> np.ndarray:
     """float32 [B, T, V] of ``CONFIG``."""
-    model = Model(CONFIG, weights)
     added = None if adapters is None else Adapters(jax.tree.map(jnp.asarray, adapters), scale)
-    x, _ = llama.hidden(model, rows_of(tokens), added)
-    return np.asarray(llama.logits(model, x, added))
+    return np.asarray(_logits(Model(CONFIG, weights), rows_of(tokens), added))
+
+
+@jax.jit
+def _logits(model, rows, added):
+    return llama.logits(model, llama.hidden(model, rows, added)[0], added)
 
 
 def transformers_model(seed: int = 0) -> Any:

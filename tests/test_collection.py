@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,6 +19,7 @@ def collect(seed):
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.thorough
 def test_names_of_tests_do_not_depend_on_process_and_time_and_fit_into_a_line():
     first = collect(1)
     time.sleep(2)

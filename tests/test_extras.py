@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.experiments.test_launchers import ENVIRONMENT, ROOT
+from tests.commands import ENVIRONMENT, ROOT
 
 #: Top-level packages of all extras.
 PACKAGES = ("datasets", "peft", "pyarrow", "safetensors", "sentence_transformers", "sklearn", "tensorboard",

@@ -17,7 +17,7 @@ import pytest
 from instrdiv.runtime.tables import read_cells
 from instrdiv.tasks.strings.rewriting import Rewriting
 from instrdiv.tasks.task import Task
-from tests.experiments.test_launchers import ENVIRONMENT, ROOT
+from tests.commands import ENVIRONMENT, ROOT
 
 #: What is string rewriting itself, and goes first.
 REMOVED = ("instrdiv.tasks.strings", "instrdiv.tasks.encrypted")
@@ -176,6 +176,7 @@ def table_of_json_lines(path: Path) -> Path:
     return path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["letter_order", "jsonl"])
 def test_another_task_goes_through_all_of_it(bare, tmp_path, task):
     if task == "jsonl":
@@ -187,7 +188,7 @@ def test_another_task_goes_through_all_of_it(bare, tmp_path, task):
     done = python(bare, "-c", SCENARIO, *flags, cwd=tmp_path)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
-    for word in ("verdict: none", "group g0: goes on from step 16", "held_out/all", "decoded  "):
+    for word in ("Not judged", "group g0: resuming from step 16", "held_out/all", "decoded  "):
         assert word in done.stdout + done.stderr, done.stdout + done.stderr
 
     here = tmp_path / "run"

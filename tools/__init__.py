@@ -1,1 +1,1 @@
-"""Measuring instruments and helpers, run from the repository root: python -m tools.<name>."""
+"""Benchmarks and inspection tools; run them from the repository root: python -m tools.<name>."""

@@ -1,24 +1,24 @@
-"""How fast is training, against what else one could do on this machine?
+"""How fast is training, compared with the alternatives on this machine?
 
     python -m tools.benchmark --preset=laptop --startup --memory
     python -m tools.benchmark --preset=paper --config.precision=float32 --config.batch_size=64 --seconds=6
     python -m tools.benchmark --preset=gpu --config.optimizer=adamw --memory
 
-What the documentation says of our speed against others comes from here. Our trainer, PyTorch and others do the same
-work in turns, in one process; medians are told with their extremes, next to what this machine's matrix products reach.
-What makes the comparison fair or not is said in ``tools/peers.py``. A peer that is not installed, or fails, is in the
-table with the reason. ``--memory`` compiles 48 members of the papers' shape, and on an accelerator runs them;
-``--startup`` times a launcher's first step. Run it alone on the machine; the load before it began is in the JSON.
+The speed comparisons in the documentation come from here. Our trainer, PyTorch and others do the same work in turns, in
+one process; each result is a median with its extremes, compared with the throughput of this machine's matrix products.
+``tools/peers.py`` explains how fair the comparison is. A peer that is not installed, or fails, appears in the table
+with the reason. ``--memory`` compiles 48 members of the papers' shape, and also runs them on an accelerator;
+``--startup`` times a launcher's first step. Run nothing else on the machine; the load at the start is in the JSON.
 
-What is found goes to ``results/benchmark/<preset>-<device>/``: ``benchmark.json`` (the machine and every sample;
-rewritten as the run goes on), ``benchmark.csv``, ``benchmark.png``, and ``targets.md``: what was to be reached, and
-whether it was.
+The results go to ``results/benchmark/<preset>-<device>/``: ``benchmark.json`` (the machine and every sample; rewritten
+during the run), ``benchmark.csv``, ``benchmark.png``, and ``targets.md``: the performance targets, and whether each was
+met.
 
 preset   hardware          time                      what it measures
-smoke    two CPU cores     a minute                  nothing: it only has to run
+smoke    two CPU cores     a minute                  nothing: checks that the benchmark runs
 laptop   two CPU cores     4 minutes (measured)      the laptop presets of all figures
 gpu      one H200          9 minutes (--minutes)     not run
-paper    two CPU cores     10 minutes (estimated)    the papers' shape where there is no accelerator, as above
+paper    two CPU cores     10 minutes (estimated)    the papers' shape without an accelerator, flags as above
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from tools.contenders import World
 from tools.measuring import Contender, Outcome, in_one_line, take_turns
 from tools.record import Record
 
-#: What takes part; the choices of ``--only``.
+#: Kinds of contenders; the choices of ``--only``.
 KINDS = (
     *("population", "one_at_a_time", "sampling", "evaluation"),
     *("gpt2_eager_fp32", "gpt2_eager_bf16", "gpt2_compiled_fp32", "gpt2_compiled_bf16", "gpt2_graphs_bf16"),
@@ -71,14 +71,14 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a preset measures, where there is no flag.
+    """What a preset measures, unless flags override it.
 
     Attributes:
-      members: that are trained together; of the papers' shape, on CPU, one a core.
+      members: members trained together; for the papers' shape on CPU, one per core instead.
       tests: final tests of figure 2a.
-      peer_batch_sizes: of PyTorch's models; of the papers' shape, on CPU, 64 and ours.
-      seconds: that a sample takes, about.
-      rounds: samples of each contender.
+      peer_batch_sizes: batch sizes of PyTorch's models; for the papers' shape on CPU, 64 and ours instead.
+      seconds: approximate duration of a sample.
+      rounds: samples per contender.
     """
 
     members: int
@@ -94,7 +94,7 @@ SIZES = {
     "gpu": Size(members=48, tests=10_000, peer_batch_sizes=(64, 256, 1024)),
     "paper": Size(members=48, tests=100_000, peer_batch_sizes=(64, 256, 1024)),
 }
-#: Where time is short: what a set-up may take, about; mostly compilation.
+#: Time to allow for setting up one contender, mostly compilation, when there is a time limit.
 _SET_UP_SECONDS = 45.0
 
 
@@ -107,7 +107,7 @@ def line_up(
     dev_tests: int,
     tests: int,
 ) -> list[Contender]:
-    """All contenders, the most important first: where time is short, the last ones are not run."""
+    """All contenders, the most important first: if time runs out, the last ones are not run."""
     on_cpu, optimizer = jax.default_backend() == "cpu", world.setting.optimizer
 
     def ours(batch_size: int, block: int, optimizer: str, attention: str = attentions[0]) -> Contender:
@@ -142,9 +142,9 @@ def line_up(
 
 
 def likely_blocks(world: World) -> list[int]:
-    """Blocks of members that may be the fastest: one at a time on CPU; elsewhere a guess, and its half and its double.
+    """Block sizes that may be the fastest: one member on CPU; elsewhere a guess, half of it and twice it.
 
-    A run measures which one is (``probing.choose_block``); here each is a contender.
+    A run measures which one is fastest (``probing.choose_block``); here each is a contender.
     """
     guess = Options().resolve(world.members).members_per_vmap
     assert guess
@@ -154,7 +154,7 @@ def likely_blocks(world: World) -> list[int]:
 
 
 def likely_attentions(setting: Setting) -> list[str]:
-    """Ways to compute attention that this machine has, for this setting."""
+    """Implementations of attention that work on this machine, for this setting."""
     found = []
     for attention in ATTENTION:
         try:
@@ -166,20 +166,20 @@ def likely_attentions(setting: Setting) -> list[str]:
 
 
 def devices_for(world: World, block: int) -> int:
-    """The devices that a run would use with blocks of so many members."""
+    """The number of devices that a run would use with blocks of this many members."""
     devices = Options(members_per_vmap=block).resolve(world.members).devices
     assert devices
     return devices
 
 
 def chosen_size(values: FlagValues) -> Size:
-    """The preset's, with what the flags say."""
+    """The preset's size, with ``--seconds`` and ``--rounds`` applied."""
     size = SIZES[values.preset]
     return dataclasses.replace(size, seconds=values.seconds or size.seconds, rounds=values.rounds or size.rounds)
 
 
 def chosen_setting(values: FlagValues) -> tuple[Setting, list[int]]:
-    """The preset's setting with what the flags change, and the batch sizes that ours is to be measured at."""
+    """The preset's setting with the flags applied, and the batch sizes to measure ours at."""
     given = setting_flags(values, Setting)
     base = BASES[values.preset]
     batch_sizes = list(dict.fromkeys(given.pop("batch_size", (base.batch_size,))))
@@ -193,7 +193,7 @@ def chosen_setting(values: FlagValues) -> tuple[Setting, list[int]]:
 def set_up(
     record: Record, folder: Path, size: Size, time_left: Callable[[], float], say: Callable[[str], None]
 ) -> None:
-    """Sets contenders up while there is time to; each leaves enough for the rounds of those that are set up."""
+    """Sets up contenders while time allows, keeping enough for the rounds of those that are already set up."""
     for number, outcome in enumerate(record.outcomes, 1):
         ready = sum(other.ready is not None for other in record.outcomes)
         if ready and time_left() < _SET_UP_SECONDS + size.rounds * size.seconds * (ready + 1):
@@ -208,7 +208,7 @@ def set_up(
 def compete(
     record: Record, folder: Path, size: Size, time_left: Callable[[], float], say: Callable[[str], None]
 ) -> None:
-    """Takes the samples."""
+    """Samples all contenders in turns."""
 
     def before(round: int, place: int, outcome: Outcome) -> None:
         if place == 0:
@@ -219,7 +219,7 @@ def compete(
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the work found; or, where it fails, why: what was measured before is not lost by that."""
+    """The result of the work or, if it fails, the reason, so that a failure does not lose earlier measurements."""
     try:
         return work()
     except Exception as error:
@@ -234,11 +234,11 @@ def publish(record: Record, folder: Path) -> None:
 
 
 def benchmark(values: FlagValues) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave some of the memory to PyTorch
     use_cpu_cores()
-    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     on_cpu = jax.default_backend() == "cpu"
-    kept = 2 * _SET_UP_SECONDS * values.startup  # for what comes after the contenders
+    kept = 2 * _SET_UP_SECONDS * values.startup  # reserved for what follows the contenders
     end = time.monotonic() + 60 * (values.minutes or (math.inf if on_cpu else 9)) - kept
 
     def time_left() -> float:
@@ -254,7 +254,7 @@ def benchmark(values: FlagValues) -> None:
     blocks = values.members_per_vmap or likely_blocks(world)
     attentions = values.attention or likely_attentions(setting)
     for attention in attentions:
-        Options(attention=attention).resolve(world.members)  # can it be? asked before anything is compiled
+        Options(attention=attention).resolve(world.members)  # raises BadInput before anything is compiled
     line = line_up(world, batch_sizes, blocks, attentions, peer_batch_sizes, DEV_TESTS[values.preset], size.tests)
     line = [contender for contender in line if not values.only or contender.kind in values.only]
     if not line:
@@ -277,7 +277,7 @@ def benchmark(values: FlagValues) -> None:
             outcomes=[Outcome(contender) for contender in line],
         )
         record.write(folder)
-        if values.memory:  # first: the most that was in use is then its own
+        if values.memory:  # first, so that the peak memory is its own
             say("compiling 48 members of the papers' shape at batch 512")
             record.memory = attempt(contenders.memory)
             record.write(folder)
@@ -289,25 +289,25 @@ def benchmark(values: FlagValues) -> None:
             say("timing a launcher's first step, twice")
             record.startup = attempt(lambda: startup.measure(values.preset, setting.steps))
             publish(record, folder)
-    print(record.as_text(), targets.markdown(record), f"all of it: {folder}", sep="\n\n")
+    print(record.as_text(), targets.markdown(record), f"full results: {folder}", sep="\n\n")
 
 
 def define_flags(values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
     define_preset_flag(values, BASES)
     define_setting_flags(values, Setting, {"batch_size"})
-    define(values, whole, "members", "that are trained together (default: the preset's)")
-    define(values, ListParser(whole), "members_per_vmap", "blocks of ours, a list (default: 1 on CPU, else a few)")
+    define(values, whole, "members", "members trained together (default: the preset's)")
+    define(values, ListParser(whole), "members_per_vmap", "our block sizes, a list (default: 1 on CPU, else a few)")
     kernels = ListParser(flags.EnumParser(list(ATTENTION)))
-    define(values, kernels, "attention", f"of ours, a list of {', '.join(ATTENTION)} (default: what there is)")
-    define(values, ListParser(whole), "peer_batch_sizes", "of PyTorch's models, a list (default: the preset's)")
-    define(values, NumberParser(float, low=0), "seconds", "that a sample takes, about (default: the preset's)")
-    define(values, whole, "rounds", "samples of each contender (default: the preset's)")
-    define(values, NumberParser(float, low=0), "minutes", "to be done in (default: 9; on CPU as long as it takes)")
-    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"who takes part, of {', '.join(KINDS)}")
-    define(values, NameParser(), "out", "where the results go (default: results/benchmark/<preset>-<device>)")
-    define_switch(values, "startup", "time a launcher's first step, too")
-    define_switch(values, "memory", "compile the papers' population, too; run it on an accelerator")
+    define(values, kernels, "attention", f"ours, a list of {', '.join(ATTENTION)} (default: all that work)")
+    define(values, ListParser(whole), "peer_batch_sizes", "PyTorch's batch sizes, a list (default: the preset's)")
+    define(values, NumberParser(float, low=0), "seconds", "approximate seconds per sample (default: the preset's)")
+    define(values, whole, "rounds", "samples per contender (default: the preset's)")
+    define(values, NumberParser(float, low=0), "minutes", "time limit in minutes (default: 9; on CPU, none)")
+    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"contenders, a list of {', '.join(KINDS)}")
+    define(values, NameParser(), "out", "results directory (default: results/benchmark/<preset>-<device>)")
+    define_switch(values, "startup", "also time a launcher's first step")
+    define_switch(values, "memory", "also compile the papers' population, and run it on an accelerator")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""How fast is a population of adapters, against one adapter after another, and against Transformers with PEFT?
+"""How fast is a population of adapters, compared with one adapter after another and with Transformers plus PEFT?
 
     python -m tools.benchmark_lora --preset=laptop
     python -m tools.benchmark_lora --preset=gpu --minutes=9
 
-Adapters of four members train together over one frozen base, or one member at a time, as a run trains them: chunks of
-compiled steps, clipping, schedule and metrics included; rows are gathered on the host. The base has random numbers, in
-bfloat16 or float32 and in eight bits. The peer trains one adapter on the same rows, which lie on the device before the
-clock starts, with the same activations kept, without clipping, schedule or metrics. Every contender takes its turn in
-one process (``tools/measuring.py``).
+The adapters of four members train over one frozen base, together or one at a time, exactly as in a run: in chunks of
+compiled steps, with clipping, schedule and metrics, and rows gathered on the host. The base has random weights, in
+bfloat16 or float32 and in int8. The peer trains one adapter on the same rows, which are on the device before timing
+starts, with the same rematerialization, but without clipping, schedule or metrics. The contenders take turns in one
+process (``tools/measuring.py``).
 
-What is found goes to ``results/finetuning/benchmark-<device>/``: ``benchmark.json`` (the machine, every sample, and
-``memory``: the bytes of the bases and of what every contender adds to them on the device, and the compiler's account),
-``benchmark.csv``, ``benchmark.png``.
+The results go to ``results/finetuning/benchmark-<device>/``: ``benchmark.json`` (the machine, every sample, and
+``memory``: bytes of the bases, bytes that each of our contenders adds on the device, and the compiler's memory
+analysis), ``benchmark.csv``, ``benchmark.png``.
 
 preset   hardware          time                     what it measures
-smoke    two CPU cores     half a minute            nothing: it only has to run
+smoke    two CPU cores     half a minute            nothing: checks that the benchmark runs
 laptop   two CPU cores     3 minutes (measured)     a decoder of 3 M parameters
 gpu      one H200          9 minutes (--minutes)    the shape of Llama-2-7B, not run
 """
@@ -61,9 +61,9 @@ from tools.contenders import compile_program
 from tools.measuring import Contender, NotRun, Outcome, Ready, ratio, take_turns
 from tools.record import Record
 
-#: Who takes part; the choices of ``--only``.
+#: Kinds of contenders; the choices of ``--only``.
 KINDS = ("population", "one_at_a_time", "population_int8", "one_at_a_time_int8", "peft")
-#: Different batches that the peer trains on in turn.
+#: Number of different batches that the peer cycles through.
 _BATCHES = 4
 
 
@@ -72,12 +72,12 @@ class Scale:
     """What a preset measures.
 
     Attributes:
-      config: of the base.
-      members: that are trained together.
-      batch_size, places: rows a step of one member, and tokens of a row.
-      rank: of every adapter; all linear layers of the blocks are targeted.
+      config: configuration of the base.
+      members: members trained together.
+      batch_size, places: rows per step of one member, and tokens per row.
+      rank: rank of every adapter; all linear layers of the blocks are targeted.
       precision, remat: as in ``Recipe``.
-      seconds, rounds: that a sample takes, about; samples of each contender.
+      seconds, rounds: approximate duration of a sample; samples per contender.
     """
 
     config: ModelConfig
@@ -104,7 +104,7 @@ class Scale:
 
     @property
     def flops(self) -> float:
-        """Of training on one row: the base's products forward and of the gradient of activations, not of weights."""
+        """FLOPs of training on one row; for the base, of the forward pass and activation gradients, not of weights."""
         shapes = linear_shapes(self.config)
         base = sum(layers * inputs * outputs for layers, inputs, outputs in shapes.values())
         thin = sum(shapes[name][0] * self.rank * sum(shapes[name][1:]) for name in BLOCK_LINEAR)
@@ -145,11 +145,11 @@ SCALES = {
 
 
 class World:
-    """What all contenders train on: members that differ in their seed, one set of random rows, one base a kind.
+    """What all contenders train on: members that differ in their seed, shared random rows, and a base of each kind.
 
     Attributes:
       members, rows: see above.
-      memory: bytes of the bases, and of what each of ours added to them, by its kind.
+      memory: bytes of the bases and, by kind, of what each of our contenders adds.
     """
 
     def __init__(self, scale: Scale):
@@ -169,20 +169,23 @@ class World:
         self._weights: dict[bool, Mapping[str, Any]] = {}
 
     def weights(self, int8: bool) -> Mapping[str, Any]:
-        """The base, made when it is first asked for; all of ours that have it share it. Raises NotRun."""
+        """The base, created on first use and shared by all of our contenders that use it.
+
+        Raises NotRun if there is too little memory.
+        """
         if int8 not in self._weights:
             config, dtype = self.scale.config, jnp.dtype(self.scale.precision)
             kernels = sum(math.prod(shape) for shape in linear_shapes(config).values())
-            # Made leaf by leaf: a fifth for the largest of them, while it is made.
+            # Leaves are created one by one: a fifth on top for the largest one while it is created.
             needed = 1.2 * (config.vocab_size * config.width + kernels) * (1 if int8 else dtype.itemsize)
             if (free := _free_bytes()) < needed:
-                raise NotRun(f"not run: the base needs {in_bytes(needed)}, {in_bytes(free)} of memory are free")
+                raise NotRun(f"not run: the base needs {in_bytes(needed)} of memory, only {in_bytes(free)} are free")
             self._weights[int8] = self._random_weights(int8)
             self.memory[_base(int8)] = _size(self._weights[int8])
         return self._weights[int8]
 
     def _random_weights(self, int8: bool) -> Mapping[str, Any]:
-        """Random weights on the first device, in the compute precision; the kernels of the blocks in eight bits."""
+        """Random weights on the first device, in the compute precision; with ``int8``, block kernels in int8."""
         config, dtype = self.scale.config, jnp.dtype(self.scale.precision)
         sharding = NamedSharding(make_mesh(), P())
 
@@ -202,7 +205,7 @@ class World:
         }
 
     def trainer(self, members: int, int8: bool = False) -> AdapterTrainer:
-        """A trainer of the first members on one device; chunks of two steps, that a sample has several."""
+        """A trainer of the first members on one device; chunks have two steps, so that a sample spans several."""
         scale = self.scale
         recipe = Recipe(
             steps=1_000_000,
@@ -223,7 +226,7 @@ def _base(int8: bool) -> str:
 
 
 def _free_bytes() -> float:
-    """Of the first device's memory; infinite where nothing tells."""
+    """Free memory of the first device; infinite if unknown."""
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -235,7 +238,10 @@ def _size(tree: Any) -> int:
 
 
 def ours(world: World, members: int, int8: bool) -> Contender:
-    """Members together; one of them stands for one after another: they differ in their seeds, the program is one."""
+    """Members trained together, or a single one.
+
+    One member represents training them one after another: they differ only in their seeds and share a program.
+    """
     scale, together = world.scale, members > 1
     kind = ("population" if together else "one_at_a_time") + ("_int8" if int8 else "")
 
@@ -248,7 +254,7 @@ def ours(world: World, members: int, int8: bool) -> Contender:
         world.memory[kind] = {
             "members": members,
             "state": _size(trainer.state),
-            "added": _size(jax.live_arrays()) - before,  # to what lies on the device: the base is not copied
+            "added": _size(jax.live_arrays()) - before,  # to the memory in use on the device: the base is not copied
             "arguments": analysis.argument_size_in_bytes,
             "temporaries": analysis.temp_size_in_bytes,
         }
@@ -285,10 +291,10 @@ def peft(world: World) -> Contender:
         device, before = peers.torch_device(), peers.allocated()
         dtype = getattr(torch, scale.precision)
         if device == "cuda":
-            needed = 2.5 * 2 * scale.flops / scale.places / 4  # the base in two bytes, and as much again for the rest
+            needed = 2.5 * 2 * scale.flops / scale.places / 4  # the bfloat16 base, and 1.5 times that
             free, _ = torch.cuda.mem_get_info()
             if free < needed:
-                raise NotRun(f"not run: needs about {needed / 1e9:.0f} GB of the GPU, {free / 1e9:.0f} GB are free")
+                raise NotRun(f"not run: needs about {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
         make: Any = LlamaConfig
         asked = make(
             vocab_size=config.vocab_size,
@@ -351,7 +357,7 @@ def line_up(world: World, only: Sequence[str] | None) -> list[Contender]:
 
 
 def verdict(record: Record) -> list[str]:
-    """What is to be read from it, in words."""
+    """The main conclusions, as sentences."""
     said = []
     memory = record.memory or {}
     for suffix, int8 in (("", False), ("_int8", True)):
@@ -363,13 +369,13 @@ def verdict(record: Record) -> list[str]:
                         f"{1 / ratio(together, alone):.2f} of the time of as many runs one after another")  # fmt: skip
     together, peer = record.best("population"), record.best("peft")
     if together and peer:
-        said.append(f"and {1 / ratio(together, peer):.2f} of the time of Transformers + PEFT")
+        said.append(f"adapters together take {1 / ratio(together, peer):.2f} of the time of Transformers + PEFT")
     return said
 
 
 def benchmark(values: FlagValues) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is to have some of the memory, too
-    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is measured
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave some of the memory to PyTorch
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     on_cpu = jax.default_backend() == "cpu"
     end = time.monotonic() + 60 * (values.minutes or (math.inf if on_cpu else 9))
 
@@ -409,11 +415,11 @@ def benchmark(values: FlagValues) -> None:
         record.device_peak_bytes = peak_device_bytes()
         record.write(folder)
         record.draw(folder / "benchmark.png")
-    print(record.as_text(), *verdict(record), f"all of it: {folder}", sep="\n\n")
+    print(record.as_text(), *verdict(record), f"full results: {folder}", sep="\n\n")
 
 
 def set_up(record: Record, folder: Path, time_left: Callable[[], float], say: Callable[[str], None]) -> None:
-    """Sets contenders up while there is time to sample them."""
+    """Sets up contenders while there is time left to sample them."""
     for outcome in record.outcomes:
         ready = sum(other.ready is not None for other in record.outcomes)
         if ready and time_left() < 60 + record.setting.rounds * record.setting.seconds * (ready + 1):
@@ -428,15 +434,15 @@ def set_up(record: Record, folder: Path, time_left: Callable[[], float], say: Ca
 def define_flags(values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
     define_preset_flag(values, SCALES)
-    define(values, whole, "members", "adapters that are trained together (default: the preset's)")
-    define(values, whole, "batch_size", "rows a step of one member (default: the preset's)")
-    define(values, whole, "places", "tokens of a row (default: the preset's)")
-    define(values, whole, "rank", "of every adapter (default: the preset's)")
-    define(values, NumberParser(float, low=0), "seconds", "that a sample takes, about (default: the preset's)")
-    define(values, whole, "rounds", "samples of each contender (default: the preset's)")
-    define(values, NumberParser(float, low=0), "minutes", "to be done in (default: 9; on CPU as long as it takes)")
-    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"who takes part, of {', '.join(KINDS)}")
-    define(values, NameParser(), "out", "where the results go (default: results/finetuning/benchmark-<device>)")
+    define(values, whole, "members", "adapters trained together (default: the preset's)")
+    define(values, whole, "batch_size", "rows per step of one member (default: the preset's)")
+    define(values, whole, "places", "tokens per row (default: the preset's)")
+    define(values, whole, "rank", "rank of every adapter (default: the preset's)")
+    define(values, NumberParser(float, low=0), "seconds", "approximate seconds per sample (default: the preset's)")
+    define(values, whole, "rounds", "samples per contender (default: the preset's)")
+    define(values, NumberParser(float, low=0), "minutes", "time limit in minutes (default: 9; on CPU, none)")
+    define(values, ListParser(flags.EnumParser(list(KINDS))), "only", f"contenders, a list of {', '.join(KINDS)}")
+    define(values, NameParser(), "out", "results directory (default: results/finetuning/benchmark-<device>)")
 
 
 if __name__ == "__main__":

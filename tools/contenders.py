@@ -1,7 +1,7 @@
-"""Our own contenders: a population, one member at a time, and parts of what a run does.
+"""Our own contenders: a population, one member at a time, and individual parts of a run.
 
-All of them run the code of a run: its trainer, its compiled chunk, its evaluation. Only the number of steps in a chunk
-is smaller, where one as long as a run's would take longer than a sample.
+All of them use the code of a real run: its trainer, its compiled chunk, its evaluation. Only the number of steps per
+chunk is smaller where a chunk of a real run would take longer than a sample.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from instrdiv.training.members import Trainer, chunk_program, chunk_shapes
 from instrdiv.training.population import Tables, stack_group, training_example
 from tools.measuring import Contender, Ready
 
-#: Tests that a sample of the evaluation's rate repeats: pieces of the compiled program, as a run's final tests are.
+#: Pieces per call of the evaluation; a piece is one call of the compiled program, as in a run's final tests.
 _PIECES = 4
-#: Members whose memory is measured.
+#: Members in the memory measurement.
 MEMORY_MEMBERS = 48
 
 
@@ -43,12 +43,12 @@ class World:
     """What all contenders train on.
 
     Attributes:
-      setting: of every member, but for what a contender changes (batch size, optimizer, length of a chunk).
-      members: differ in their seed, and so in their rules.
-      pools: the rules of them all.
-      seconds: how long a sample is to take, about.
-      tokens: of an example, the end included and padding not, on average.
-      flops: of training on one example, as ``instrdiv.runs.planning`` counts them.
+      setting: setting of every member, except for what a contender changes (batch size, optimizer, chunk length).
+      members: members that differ in their seed, and so in their rules.
+      pools: the rules of all members.
+      seconds: approximate duration of a sample.
+      tokens: average tokens per example, including the end token and excluding padding.
+      flops: FLOPs of training on one example, as counted by ``instrdiv.runs.planning``.
     """
 
     def __init__(self, setting: Setting, members: int, seconds: float):
@@ -85,7 +85,7 @@ class World:
         devices: int,
         attention: str = "plain",
     ) -> Trainer:
-        """A trainer whose chunks take about half as long as a sample, and have no more steps than a run's."""
+        """A trainer whose chunks take about half as long as a sample, with at most as many steps as a run's chunks."""
         setting = dataclasses.replace(self.setting, batch_size=batch_size, optimizer=optimizer)
         step_seconds = members * batch_size * self.flops / (REACHED_FLOPS[jax.default_backend()] * devices)
         steps = max(1, min(setting.chunk_steps, int(self.seconds / 2 / step_seconds)))
@@ -97,7 +97,7 @@ class World:
 def population(
     world: World, batch_size: int, optimizer: str, members_per_vmap: int, devices: int, attention: str = "plain"
 ) -> Contender:
-    """All members together, as a run trains them."""
+    """All members trained together, as in a run."""
     members = len(world.members)
     kernel = "" if attention == "plain" else f", {attention} attention"
     return Contender(
@@ -117,9 +117,9 @@ def population(
 
 
 def one_at_a_time(world: World, batch_size: int, optimizer: str) -> Contender:
-    """A group of one on one device, which has all cores: the rate at which members are trained one after another.
+    """A group of one on one device, which has all cores: the rate of training members one after another.
 
-    Only the first of them is trained: they differ in their seeds, and the program that runs is the same for all.
+    Only the first member is trained: they differ only in their seeds, and all would run the same program.
     """
     return Contender(
         kind="one_at_a_time",
@@ -133,7 +133,7 @@ def one_at_a_time(world: World, batch_size: int, optimizer: str) -> Contender:
 
 
 def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int) -> Contender:
-    """The examples of every step of a population's chunk, and nothing else of it."""
+    """Sampling alone: the examples of every step of a population's chunk, without the training."""
     members = len(world.members)
 
     def set_up() -> Ready:
@@ -143,7 +143,7 @@ def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int)
         def sample(tables: Tables, data: Any, indices_KxB: jax.Array) -> jax.Array:
             def body(total, indices_B):
                 batch = jax.vmap(lambda index: training_example(group, tables, data, index))(indices_B)
-                return total + batch.tokens.sum() + batch.loss_mask.sum(), None  # of all that a step needs
+                return total + batch.tokens.sum() + batch.loss_mask.sum(), None  # uses everything that a step needs
 
             return jax.lax.scan(body, jnp.int32(0), indices_KxB)[0]
 
@@ -165,7 +165,7 @@ def sampling(world: World, batch_size: int, members_per_vmap: int, devices: int)
 
 
 def evaluation(world: World, members_per_vmap: int, devices: int, dev_tests: int, tests: int) -> Contender:
-    """Tests on held-out rules, with putting them on the devices but without making the rules, which is done once."""
+    """Tests on held-out rules, including the transfer to the devices; the test set is made once, in the set-up."""
     members, piece = len(world.members), piece_size(dev_tests, tests, 1)
     count = min(_PIECES * piece, tests)
 
@@ -179,7 +179,7 @@ def evaluation(world: World, members_per_vmap: int, devices: int, dev_tests: int
     return Contender(
         kind="evaluation",
         side="parts",
-        label=f"part: evaluation, {piece} tests a piece{_blocks(members_per_vmap)}",
+        label=f"part: evaluation, {piece} tests per piece{_blocks(members_per_vmap)}",
         batch_size=piece,
         members=members,
         set_up=set_up,
@@ -205,9 +205,9 @@ def _train(trainer: Trainer) -> Ready:
 
 
 def memory() -> dict[str, Any]:
-    """``MEMORY_MEMBERS`` of the papers' shape at batch 512 on one device: the compiler's account of their chunk.
+    """Memory of ``MEMORY_MEMBERS`` members of the papers' shape at batch 512 on one device, as the compiler reports it.
 
-    On an accelerator they are trained for a step besides, which tells the most memory that has really been in use.
+    On an accelerator they also train for one step, which gives the peak memory that was really in use.
     """
     setting = dataclasses.replace(PAPER, reports=PAPER.steps)  # chunks of one step
     members = [Member(setting, seed) for seed in range(MEMORY_MEMBERS)]
@@ -226,7 +226,7 @@ def memory() -> dict[str, Any]:
 
 
 class _Latest:
-    """Calls whose results nobody needs but to wait for the last one."""
+    """Calls whose results are dropped; the last result is kept to wait for it."""
 
     def __init__(self, work: Callable[[], Any]):
         self._work, self._result = work, None

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: its kernels, what they move, its loops and its collectives.
+"""Parser for the HLO text of a compiled program: its kernels, the bytes they move, its loops and its collectives.
 
-Bytes are those of a kernel's operands and results, each counted once: what it moves if nothing stays in a cache. A
-slice, or a gather, of a large operand counts as what it takes. Names and types are those of XLA's text.
+A kernel's bytes are those of its operands and results, each counted once: the memory traffic if nothing stays in a
+cache. A slice or gather of a large operand counts only the bytes it takes. Names and types are those of XLA's text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-#: What takes no kernel; nor does what ends with ``-done``, which only waits.
+#: Opcodes that need no kernel; neither do opcodes ending in ``-done``, which only wait.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain"),
     *("partition-id", "replica-id", "opt-barrier", "async-update", "while", "call", "conditional"),
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
-#: Also with ``-start``.
+#: Also with the suffix ``-start``.
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -36,14 +36,14 @@ _NAMED = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of the text.
+    """One instruction, a line of the text.
 
     Attributes:
       name: without the ``%``.
-      shape: of the result, as XLA writes it.
+      shape: shape of the result, as XLA writes it.
       opcode: ``fusion``, ``dot``, …
-      operands: names.
-      attributes: what follows the operands.
+      operands: names of the operands.
+      attributes: the text after the operands.
     """
 
     name: str
@@ -53,35 +53,35 @@ class Instruction:
     attributes: str
 
     def named(self, attribute: str) -> str | None:
-        """The computation that an attribute names; None where there is no such attribute."""
+        """The computation that an attribute names; None if there is no such attribute."""
         found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
         return found.group(1) if found else None
 
     @property
     def scope(self) -> str:
-        """Where in the traced function it comes from."""
+        """Its origin in the traced function."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def trips(self) -> int:
-        """How often a loop is run; 1 where the compiler does not know."""
+        """The trip count of a loop; 1 if the compiler does not know it."""
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
         return int(found.group(1)) if found else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What one launch does.
+    """One kernel.
 
     Attributes:
-      instruction: its line.
-      kind: ``product`` (of matrices, whatever is fused into it), ``fusion``, ``custom call``, ``collective``, ``copy``
-        or ``other``.
-      operands: their shapes.
-      times: how often it is run each time the computation is that was asked about.
-      bytes: moved, each time.
-      flops: those of its products by the type of the factors, each time; empty where the text does not tell.
+      instruction: its instruction.
+      kind: ``product`` (a matrix product, whatever is fused into it), ``fusion``, ``custom call``, ``collective``,
+        ``copy`` or ``other``.
+      operands: shapes of the operands.
+      times: launches per execution of the computation that was passed to ``Program.kernels``.
+      bytes: bytes moved per launch.
+      flops: FLOPs of its matrix products per launch, by dtype of the factors; empty if the text does not say.
     """
 
     instruction: Instruction
@@ -93,7 +93,7 @@ class Kernel:
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of an array's shape, or of all arrays of a tuple's; padding of a layout is not counted."""
+    """Bytes of an array shape, or of all arrays in a tuple shape, without the layout's padding."""
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype).group())  # type: ignore[union-attr]
@@ -115,7 +115,7 @@ class Program:
 
     Attributes:
       computations: name -> its instructions; the last one is its result.
-      entry: name of the computation that is run.
+      entry: name of the entry computation.
     """
 
     computations: Mapping[str, tuple[Instruction, ...]]
@@ -123,7 +123,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """Reads ``Compiled.as_text()``. Raises ValueError for a text without an entry."""
+        """Parses ``Compiled.as_text()``. Raises ValueError if the text has no entry."""
         computations: dict[str, tuple[Instruction, ...]] = {}
         name, entry = "", None
         lines: list[Instruction] = []
@@ -143,7 +143,7 @@ class Program:
 
     @functools.cached_property
     def step(self) -> str:
-        """The computation that makes up a training step: of the entry and the bodies of loops, the longest."""
+        """The computation of a training step: the longest of the entry and the loop bodies."""
         return max(self.loops(), key=lambda name: sum(1 for _ in self.inlined(name)))
 
     def loops(self, name: str | None = None) -> list[str]:
@@ -153,7 +153,7 @@ class Program:
         return [name, *(inner for body in bodies if body for inner in self.loops(body))]
 
     def inlined(self, name: str) -> Iterator[Instruction]:
-        """The instructions of a computation, those of what it calls in their place; loops are not entered."""
+        """The instructions of a computation with calls inlined; loops are not entered."""
         for one in self.computations[name]:
             called = one.named("to_apply") if one.opcode == "call" else None
             called = one.named("calls") if one.opcode == "async-start" else called
@@ -163,7 +163,7 @@ class Program:
                 yield one
 
     def kernels(self, name: str, times: int = 1) -> Iterator[Kernel]:
-        """Those of a computation, and of the loops in it as often as they go around."""
+        """The kernels of a computation and of its loops, with loop bodies counted by their trip counts."""
         for one in self.inlined(name):
             body = one.named("body") if one.opcode == "while" else None
             if body:
@@ -174,11 +174,11 @@ class Program:
 
     @functools.cached_property
     def _shapes(self) -> dict[str, str]:
-        """Names are unique in a compiled program."""
+        """Shapes by name; names are unique in a compiled program."""
         return {one.name: one.shape for body in self.computations.values() for one in body}
 
     def _inner(self, one: Instruction) -> tuple[Instruction, ...]:
-        """What is fused."""
+        """The instructions fused into this one."""
         return self.computations.get(one.named("calls") or "", ())
 
     def _kind(self, one: Instruction) -> str:
@@ -211,7 +211,7 @@ class Program:
             return 2 * array_bytes(operands[1])
         if one.opcode != "fusion" or not inner:
             result = _ARRAY.search(one.shape)
-            # The second result of a library's product is room to work in.
+            # The second result of a library's product is its workspace.
             shape = result.group() if result and _is_library_product(one) else one.shape
             return array_bytes(shape) + sum(map(array_bytes, operands))
         read = sum(_read(inner, place, array_bytes(shape)) for place, shape in enumerate(operands))
@@ -221,7 +221,7 @@ class Program:
 
 
 def _read(inner: tuple[Instruction, ...], place: int, whole: int) -> int:
-    """Bytes that a fusion reads of its operand at a place: less than the whole if it only takes slices of it."""
+    """Bytes that a fusion reads of the operand at this index: less than ``whole`` if it only takes slices of it."""
     name = next((one.name for one in inner if one.opcode == "parameter" and one.operands == (str(place),)), None)
     read = 0
     for user in inner:
@@ -248,10 +248,10 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket at ``start`` closes."""
+    """The position of the bracket that closes the one at ``start``."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if depth == 0:
             return place
-    raise ValueError(f"a bracket does not close: {text[:80]}")
+    raise ValueError(f"unclosed bracket: {text[:80]}")

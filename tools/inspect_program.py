@@ -1,13 +1,13 @@
-"""What a group's compiled program does, known without running it: arithmetic, bytes, memory, kernels, collectives.
+"""Inspect a group's compiled program without running it: FLOPs, bytes, memory, kernels, collectives.
 
     python -m tools.inspect_program --preset=laptop --members=8
     python -m tools.inspect_program --preset=paper --target=cuda:tools/h200.txtpb --members_per_vmap=8 --out=h200.json
     python -m tools.inspect_program --preset=paper --target=tpu:v5e:2x2 --devices=4 --data_parallel=2
 
-The chunk of ``--members`` seeds is compiled at full shape from shapes alone, for this machine or for one that is only
+The chunk of ``--members`` seeds is compiled at full size from shapes alone, for this machine or for one that is only
 described: a GPU by its properties (needs JAX's CUDA packages, no GPU), a TPU by its topology (needs libtpu, no TPU).
-Numbers are of one step of one block of members on one device. For a described GPU the compiler cannot try kernels out:
-products of matrices are then cuBLAS's, nothing is autotuned, and XLA gives no cost analysis.
+All numbers are for one step of one block of members on one device. For a described GPU the compiler cannot autotune:
+matrix products use cuBLAS, and XLA gives no cost analysis.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ from instrdiv.runtime.units import in_bytes
 from instrdiv.training.members import chunk_program, chunk_shapes
 from tools.hlo import Kernel, Program
 
-#: A compiler that has no GPU to try kernels on: Triton's products fail at some of our shapes with what it then guesses.
+#: Options for compiling without a GPU to autotune on: untuned, Triton's matrix products fail at some of our shapes.
 DESCRIBED_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
-#: Parts of a step, by what the scopes of their kernels contain; the first that fits.
+#: Parts of a step, by a substring of their kernels' scopes; the first match counts.
 PARTS = {"backward": "transpose(jvp(", "forward": "jvp(", "examples": "examples", "update": "update", "other": ""}
 
 
 def devices_of(target: str, count: int) -> tuple[Sequence[jax.Device], dict[str, Any]]:
-    """The devices to compile for, and the compiler's options. Raises BadInput for a target that there is not."""
+    """The devices to compile for, and the compiler's options. Raises BadInput for an invalid or unavailable target."""
     kind, _, described = target.partition(":")
     if target == "here":
         use_cpu_cores(count)
         return jax.devices(), {}
     if kind not in ("cuda", "tpu") or not described:
-        raise BadInput(f"--target={target}: must be here, cuda:FILE (as tools/h200.txtpb) or tpu:TOPOLOGY (as v5e:2x2)")
+        raise BadInput(f"--target={target}: must be here, cuda:FILE (tools/h200.txtpb) or tpu:TOPOLOGY (v5e:2x2)")
     from jax.experimental.topologies import get_topology_desc
 
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query for metadata
     arguments = {}
     if kind == "cuda":
         arguments = {"target_config": Path(described).read_text(), "topology": f"1x1x{count}"}
@@ -76,7 +76,7 @@ def devices_of(target: str, count: int) -> tuple[Sequence[jax.Device], dict[str,
         topology = get_topology_desc("" if arguments else described, platform=kind, **arguments)
     except (RuntimeError, NotImplementedError) as error:
         packages = f"needs the packages of instrdiv[{kind}]"
-        raise BadInput(f"--target={target}: {packages}, and: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--target={target}: {packages}; error: {str(error).splitlines()[0]}") from None
     return topology.devices, DESCRIBED_GPU if kind == "cuda" else {}
 
 
@@ -88,7 +88,7 @@ def inspect(
     available: Sequence[jax.Device] | None = None,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compiles the chunk of a group and reads the result; ``available``, ``options``: from ``devices_of``."""
+    """Compiles the chunk of a group and analyzes the program; ``available`` and ``options`` are from ``devices_of``."""
     mesh = make_mesh(devices, data_parallel, available=available)
     shapes = chunk_shapes(group, RulePools(group.members), mesh, members_per_vmap)
     clock = [time.monotonic()]
@@ -156,7 +156,7 @@ def inspect(
 
 
 def largest(kernels: Iterable[Kernel], count: int = 10) -> list[dict[str, Any]]:
-    """Those that move most, the same kernel of several layers as one."""
+    """The kernels that move the most bytes; the same kernel in several layers counts as one."""
     alike = defaultdict(list)
     for kernel in kernels:
         scope = re.sub(r"layer_\d+", "layer_*", kernel.instruction.scope)
@@ -176,33 +176,33 @@ def largest(kernels: Iterable[Kernel], count: int = 10) -> list[dict[str, Any]]:
 
 
 def replica_groups(kernel: Kernel) -> str:
-    """As XLA writes them: those devices reduce among themselves."""
+    """The groups of devices that communicate, as XLA writes them."""
     found = re.search(r"replica_groups=(.*?)(?:, \w+=|$)", kernel.instruction.attributes)
     return found.group(1) if found else ""
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """For people."""
+    """A readable summary."""
     flops, moved, step, tokens = found["flops"], found["bytes"], found["step"], found["tokens"]
 
     def number(value: float | None, unit: str = "") -> str:
-        return "not known" if value is None else f"{value:.4g}{unit}"
+        return "unknown" if value is None else f"{value:.4g}{unit}"
 
     def share(part: dict[str, int]) -> str:
         return f"{100 * part['bytes'] / moved['kernels']:.3g} % in {part['launches']}"
 
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in found["seconds"].items())
-    products = ", ".join(f"{number(value)} in {dtype}" for dtype, value in flops["products"].items()) or "not known"
+    products = ", ".join(f"{number(value)} in {dtype}" for dtype, value in flops["products"].items()) or "unknown"
     lines = [
         f"{seconds}",
-        f"FLOPs a step: counted {number(flops['counted'])}; compiled {number(flops['cost_analysis'])}; "
-        f"its products {products}",
-        f"bytes a step: {in_bytes(moved['kernels'])} by its kernels, {in_bytes(moved['kernels_a_token'])} a token; "
-        f"{number(moved['cost_analysis'])} by XLA's analysis",
+        f"FLOPs per step: {number(flops['counted'])} counted; {number(flops['cost_analysis'])} by XLA's cost analysis; "
+        f"in matrix products: {products}",
+        f"bytes per step: {in_bytes(moved['kernels'])} by kernels, {in_bytes(moved['kernels_a_token'])} per token; "
+        f"{number(moved['cost_analysis'])} by XLA's cost analysis",
         "  launches: " + ", ".join(f"{name} {share(part)}" for name, part in found["parts"].items()),
-        f"memory: {in_bytes(found['memory']['peak'])} at the peak, of it {in_bytes(found['memory']['arguments'])} "
-        "arguments",
-        f"a step: {step['launches']} launches ({', '.join(f'{n} {kind}' for kind, n in step['kernels'].items())}; "
+        f"peak memory: {in_bytes(found['memory']['peak'])}, of which arguments are "
+        f"{in_bytes(found['memory']['arguments'])}",
+        f"per step: {step['launches']} launches ({', '.join(f'{n} {kind}' for kind, n in step['kernels'].items())}; "
         f"{step['loops']} loops); {tokens} tokens",
     ]
     for title in ("fusions", "products"):
@@ -234,7 +234,7 @@ def main(values: FlagValues) -> None:
         )
     available, options = devices_of(values.target, values.devices)
     if len(available) < values.devices:
-        raise BadInput(f"--devices={values.devices}: --target={values.target} has {len(available)}")
+        raise BadInput(f"--devices={values.devices}: --target={values.target} has only {len(available)}")
     found = inspect(group, values.members_per_vmap, values.devices, values.data_parallel, available, options)
     names = ("preset", "members", "devices", "data_parallel", "members_per_vmap", "attention", "target")
     asked = {name: values[name].value for name in names}
@@ -249,13 +249,13 @@ def define_flags(values: FlagValues) -> None:
     define_preset_flag(values, BASES)
     define_setting_flags(values, Setting)
     whole = NumberParser(int, low=1)
-    define(values, whole, "members", "seeds of the setting: the members of the group", 8)
+    define(values, whole, "members", "members of the group, one per seed", 8)
     define(values, NumberParser(int, low=1, high=256), "devices", "devices to compile for", 1)
     define(values, whole, "data_parallel", "devices that share one member's batch", 1)
-    define(values, whole, "members_per_vmap", "members that are vectorized together", 1)
+    define(values, whole, "members_per_vmap", "members vectorized together", 1)
     define_enum(values, "attention", ATTENTION, "how attention is computed", "plain")
-    define(values, NameParser(), "target", "machine: here, cuda:FILE or tpu:TOPOLOGY", "here")
-    define(values, NameParser(), "out", "where to write everything as JSON (default: nowhere)")
+    define(values, NameParser(), "target", "machine to compile for: here, cuda:FILE or tpu:TOPOLOGY", "here")
+    define(values, NameParser(), "out", "JSON file to write the results to (default: none)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The machine: what it is, and how fast its matrix products and its memory are when nothing else is done.
+"""Description of the machine, and measured ceilings: its fastest matrix products and memory copies.
 
-The ceilings are measured, not looked up: a data sheet's peak is reached by no program, and a virtual core's is unknown.
+The ceilings are measured rather than taken from data sheets: no program reaches a data sheet's peak, and the peak of a
+virtual core is unknown.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from instrdiv.runtime.devices import usable_cores
 from instrdiv.runtime.mesh import make_mesh
 from instrdiv.runtime.provenance import provenance
 
-#: Seconds that each ceiling is measured for, and how often; the best counts.
+#: Seconds per measurement of a ceiling, and number of measurements; the best one counts.
 _SECONDS, _TRIES = 0.3, 3
 
 
 def describe() -> dict[str, Any]:
-    """What a reader has to know of the machine and its software to judge the numbers."""
+    """Hardware and software versions: what a reader needs to judge the numbers."""
     said = provenance()
     for package in ("torch", "transformers", "peft"):
         try:
@@ -38,14 +39,14 @@ def describe() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "usable_cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "device_memory_bytes": stats.get("bytes_limit"),  # what JAX may take of it
-        "load_average": os.getloadavg(),  # before anything is measured: what else the machine is doing
+        "device_memory_bytes": stats.get("bytes_limit"),  # the most that JAX may allocate
+        "load_average": os.getloadavg(),  # before any measurement: how busy the machine already is
         "environment": {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))},
     }
 
 
 def ceilings(precision: str) -> dict[str, Any]:
-    """Matrix products (FLOP/s) in a precision, and copies (bytes read and written a second), all devices at once."""
+    """Matrix products (FLOP/s) in a precision and copies (bytes read and written per second), over all devices."""
     on_cpu = jax.default_backend() == "cpu"
     mesh = make_mesh(jax.device_count())
     sizes = (512, 1024, 2048) if on_cpu else (4096, 8192, 16384)
@@ -72,7 +73,7 @@ def _copy_bytes(mesh: Mesh, numbers: int) -> float:
 
 
 def _random(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Different numbers [devices, *shape], a part on each device; zeros would draw less power than a model does."""
+    """Random numbers [devices, *shape], sharded over the devices; zeros would draw less power than a model does."""
     make = jax.jit(
         lambda: jax.random.normal(jax.random.key(0), (mesh.size, *shape), dtype),
         out_shardings=NamedSharding(mesh, P("member")),
@@ -88,7 +89,7 @@ def _on_every_device(mesh: Mesh, function: Callable[[jax.Array], jax.Array]) -> 
 
 
 def _seconds_a_call(work: Callable[[], jax.Array]) -> float:
-    """The least of a few measurements: nothing makes a machine faster than it is."""
+    """The minimum over a few measurements: noise can only slow a machine down."""
     jax.block_until_ready(work())
     started = time.perf_counter()
     jax.block_until_ready(work())
@@ -97,7 +98,7 @@ def _seconds_a_call(work: Callable[[], jax.Array]) -> float:
     def measure() -> float:
         started = time.perf_counter()
         for _ in range(calls):
-            jax.block_until_ready(work())  # or the results of all calls are in memory at once
+            jax.block_until_ready(work())  # otherwise the results of all calls would be in memory at once
         return (time.perf_counter() - started) / calls
 
     return min(measure() for _ in range(_TRIES))

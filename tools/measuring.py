@@ -1,8 +1,8 @@
-"""Contenders, and how they are timed: in turns, all in one process, so that what disturbs one disturbs the others.
+"""Contenders and their timing: in turns, all in one process, so that a disturbance affects all of them alike.
 
-Nothing here knows JAX or PyTorch. A contender is set up once and then gives calls of a fixed amount of work. A sample
-is as many calls as take about the seconds asked for, dispatched without waiting in between, as in a run, and waited for
-at the end; so a peer is never charged for a synchronization that it does not need.
+This module is independent of JAX and PyTorch. A contender is set up once; each call then does a fixed amount of work. A
+sample consists of as many calls as fill about the requested number of seconds. They are dispatched without waiting in
+between, as in a run, with a single wait at the end, so a peer never pays for a synchronization that it does not need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class NotRun(Exception):
-    """A contender cannot be set up here. The message is its status: ``missing: pip install torch``."""
+    """Raised where a contender cannot be set up. The message becomes its status: ``missing: pip install torch``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Ready:
     Attributes:
       call: dispatches one call of work; need not wait for it.
       wait: blocks until everything that was dispatched is done.
-      examples: that one call trains on, or tests, all members together; idle members do not count.
-      compile_seconds: None where the first call compiles.
-      peak_bytes: memory at its peak, asked after some calls; None where it cannot be told.
+      examples: number that one call trains on, or tests, over all members; idle members do not count.
+      compile_seconds: None if the first call compiles.
+      peak_bytes: returns the peak memory, after some calls; None if it is unknown.
     """
 
     call: Callable[[], Any]
@@ -46,12 +46,12 @@ class Contender:
 
     Attributes:
       kind: its name on the command line.
-      side: ``ours``, ``peers``; or ``parts``: some of what ours does, not a rival.
-      label: its name for people.
-      batch_size: examples a step of one member.
-      members: that are trained together.
-      set_up: builds and compiles it. Raises NotRun where it cannot; whatever else it raises is recorded as a failure.
-      facts: anything else that a reader has to know.
+      side: ``ours``, ``peers``, or ``parts`` (a part of what ours does, not a competitor).
+      label: its human-readable name.
+      batch_size: examples per step of one member.
+      members: number trained together.
+      set_up: builds and compiles it. Raises NotRun where it cannot; any other exception is recorded as a failure.
+      facts: anything else that a reader needs to know.
     """
 
     kind: str
@@ -65,13 +65,14 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One turn.
+    """One timed turn of a contender.
 
     Attributes:
-      round, place: when; the place is that in the round.
-      seconds, examples: how long it took, and how many examples that was.
-      other_cores: CPU cores that other processes kept busy meanwhile; NaN where the system does not tell. Where they
-        did, the sample says little of a contender with threads that wait for one another, as PyTorch's do.
+      round, place: the round, and the position within it.
+      seconds, examples: how long the turn took, and how many examples it processed.
+      other_cores: CPU cores that other processes kept busy meanwhile; NaN where the system does not report it. If other
+        processes were busy, the sample says little about a contender whose threads wait for one another, as PyTorch's
+        do.
     """
 
     round: int
@@ -83,12 +84,12 @@ class Sample:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a contender.
+    """The results of one contender.
 
     Attributes:
       status: ``ok``; or why there are no (more) samples: ``missing: …``, ``failed: …``, ``not run: …``.
-      calls: in one sample.
-      compile_seconds: of its program; where the first call compiled, by how much that was slower than another.
+      calls: calls per sample.
+      compile_seconds: compile time of its program; if the first call compiled, how much slower it was than later calls.
     """
 
     contender: Contender
@@ -101,16 +102,16 @@ class Outcome:
 
     @property
     def rates(self) -> dict[int, float]:
-        """Examples a second of every round that it was sampled in."""
+        """Examples per second, by round."""
         return {sample.round: sample.examples / sample.seconds for sample in self.samples}
 
     @property
     def rate(self) -> float:
-        """Examples a second, the median over rounds; NaN without samples."""
+        """Examples per second, the median over rounds; NaN without samples."""
         return statistics.median(self.rates.values()) if self.samples else math.nan
 
     def prepare(self, seconds: float) -> None:
-        """Sets the contender up, and finds how many of its calls take about so many seconds."""
+        """Sets the contender up, and finds how many of its calls take about this many seconds."""
         try:
             self.ready = ready = self.contender.set_up()
             first, calls = _time(ready, 1), 1
@@ -119,7 +120,7 @@ class Outcome:
             self.peak_bytes = ready.peak_bytes()
         except NotRun as reason:
             self.status, self.ready = str(reason), None
-        except Exception as error:  # a peer may fail in any way: that is a result, and the others go on
+        except Exception as error:  # a peer may fail in any way: record it, and continue with the others
             self._fail(error)
         else:
             self.status, self.calls = "ok", max(1, round(calls * seconds / took))
@@ -143,13 +144,13 @@ class Outcome:
 
 
 def in_one_line(error: Exception) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """The type of an error, and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def ratio(one: Outcome, other: Outcome) -> float:
-    """How many times as fast one is as the other: the median over the rounds of the ratio within each; NaN if none."""
+    """How many times as fast ``one`` is as ``other``: the median ratio over common rounds; NaN if there are none."""
     common = one.rates.keys() & other.rates.keys()
     return statistics.median(one.rates[r] / other.rates[r] for r in common) if common else math.nan
 
@@ -160,9 +161,9 @@ def take_turns(
     time_left: Callable[[], float] = lambda: math.inf,
     before: Callable[[int, int, Outcome], None] = lambda round, place, outcome: None,
 ) -> None:
-    """Samples each contender that is set up once a round, in an order that is rotated by one from round to round.
+    """Samples each contender that is set up once per round, rotating the order by one from round to round.
 
-    A turn that would take longer than there is time left is not begun.
+    A turn that would take longer than the time left is skipped.
     """
     ready = [outcome for outcome in outcomes if outcome.ready]
     for round in range(rounds):
@@ -175,7 +176,7 @@ def take_turns(
 
 
 def _other_seconds() -> float:
-    """CPU seconds that everything but this process has used since the machine was started; NaN but on Linux."""
+    """CPU seconds used since boot by everything except this process; NaN except on Linux."""
     try:
         first = Path("/proc/stat").read_text().partition("\n")[0].split()
     except OSError:

@@ -3,11 +3,11 @@
     python -m tools.parity
     python -m tools.parity --families=Llama-3.1,CodeQwen1.5 --out=runs/parity
 
-Transformers makes a model, with random weights, and writes it as a checkpoint; we read that. Both then do the same, in
-float32: logits of whole rows and of padded ones, and greedy decoding. What is told is the largest difference of any
-logit, and how many of the decoded tokens are the same. Needs ``pip install -e '.[finetune,transformers]'``.
+Transformers creates a model with random weights and saves it as a checkpoint, which we read. Both then compute, in
+float32, the logits of full and of padded rows, and decode greedily. The table reports the largest difference of any
+logit, and how many of the decoded tokens agree. Needs ``pip install -e '.[finetune,transformers]'``.
 
-What is found goes to ``--out``: ``parity.csv``, and ``parity.json`` with the versions it was found with.
+The results go to ``--out``: ``parity.csv``, and ``parity.json`` with the machine and the versions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from instrdiv.runtime.files import write_json
 from instrdiv.runtime.tables import Row, write_table
 from tools import machine
 
-#: Sizes that all families share. Rows are longer than the windows, and than the positions that Llama 3's rope keeps.
+#: Sizes that all families share. Rows are longer than the windows, and than Llama 3's original_max_position_embeddings.
 TINY = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -58,7 +58,7 @@ _LLAMA3 = {
 }
 _THETA_1M = {"rope_type": "default", "rope_theta": 1e6}
 
-#: name -> Transformers' class, and what sets the family apart, as its config.json has it.
+#: name -> Transformers' class, and the fields of config.json that distinguish the family.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-2": ("Llama", {"rms_norm_eps": 1e-5}),
     "Llama-3.1": ("Llama", {"num_key_value_heads": 2, "rope_parameters": _LLAMA3}),
@@ -83,9 +83,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 ROWS, PLACES, NEW_TOKENS = 4, 48, 64
 
-#: What is told of a family. But for the first and ``tokens_equal``, and the errors, these are largest differences of a
-#: logit from Transformers'; ``cache`` is from ours without one, and the errors are root mean squares of differences
-#: from float32, over the spread (standard deviation) of the logits.
+#: Columns of parity.csv. ``logit_spread`` is the standard deviation of Transformers' logits. ``tokens_equal`` is the
+#: smallest number, over rows, of leading greedy tokens that agree, out of ``new_tokens``. Errors are root mean square
+#: differences from float32, divided by the spread. The rest are the largest difference of a logit from Transformers';
+#: for ``cache``, from ours without a cache.
 COLUMNS = (
     *("family", "logit_spread", "logits", "left_padded", "right_padded", "cache", "tokens_equal", "new_tokens"),
     *("peft_read", "peft_written", "int8", "int8_error", "bfloat16_error", "transformers_bfloat16_error"),
@@ -94,10 +95,10 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A model of Transformers, and ours of its checkpoint.
+    """A Transformers model, and ours read from its checkpoint.
 
     Attributes:
-      theirs: float32.
+      theirs: the Transformers model, float32.
       path: the checkpoint's directory.
       config, weights: ours, float32.
     """
@@ -109,7 +110,7 @@ class Pair:
 
     @classmethod
     def make(cls, family: str, path: Path, seed: int = 0, **save: Any) -> Pair:
-        """A new random model, written to ``path`` with these arguments of ``save_pretrained``, and read from there."""
+        """Creates a random model, saves it to ``path`` with ``save_pretrained(path, **save)``, and reads it back."""
         import torch
         import transformers
 
@@ -117,11 +118,11 @@ class Pair:
         torch.manual_seed(seed)
         config = getattr(transformers, f"{kind}Config")(**TINY | fields)
         theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-        for name, parameter in theirs.named_parameters():  # nothing is 0 or 1, so nothing can be forgotten
+        for name, parameter in theirs.named_parameters():  # no weight is 0 or 1, so none can be ignored
             noise = torch.randn_like(parameter)
             if name.endswith("norm.weight"):
                 parameter.data = 1 + 0.3 * noise
-            elif "proj" in name and noise.ndim == 2:  # large, and the rest small, so that what is said varies
+            elif "proj" in name and noise.ndim == 2:  # large, the rest small, to vary the output
                 parameter.data = 1.3 * noise / parameter.shape[-1] ** 0.5
             else:
                 parameter.data = 0.2 * noise
@@ -130,7 +131,7 @@ class Pair:
         return cls(theirs, path, config, read_weights(path, config))
 
     def their_logits(self, tokens: np.ndarray, attended: np.ndarray | None = None, model: Any = None) -> np.ndarray:
-        """float32 [B, T, V], of ``model`` or of theirs; ``attended`` bool [B, T], False where there is padding."""
+        """Logits float32 [B, T, V] of ``model`` (default: theirs); ``attended`` bool [B, T] is False at padding."""
         import torch
 
         attended = np.ones(tokens.shape, bool) if attended is None else attended
@@ -151,14 +152,14 @@ class Pair:
         adapters: Any = None,
         scale: Any = None,
     ) -> np.ndarray:
-        """float32 [B, T, V], of ``weights`` or of ours."""
+        """Logits float32 [B, T, V] of our model, with ``weights`` (default: ours)."""
         attended = np.ones(tokens.shape, bool) if attended is None else attended
         weights = self.weights if weights is None else weights
         added = None if adapters is None else Adapters(adapters, scale)
         return np.asarray(_logits(Model(self.config, weights), _rows(tokens, attended), added, precision)[0])
 
     def our_cached_logits(self, tokens: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
-        """float32 [B, T, V], read piece by piece, with a cache that has room to spare."""
+        """Logits float32 [B, T, V], computed piece by piece with a cache longer than needed."""
         rows = _rows(tokens, np.ones(tokens.shape, bool))
         cache, parts, start = empty_cache(self.config, len(tokens), tokens.shape[1] + 3, jnp.float32), [], 0
         for size in pieces:
@@ -169,7 +170,7 @@ class Pair:
         return np.concatenate(parts, axis=1)
 
     def their_tokens(self, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any) -> np.ndarray:
-        """Greedy tokens [B, new_tokens]; where it stops sooner, 0."""
+        """Greedy tokens [B, new_tokens], padded with 0 if generation stops early."""
         import torch
 
         rows = left_padded(prompts)
@@ -188,7 +189,7 @@ class Pair:
         return np.asarray(decode_greedily(model, left_padded(prompts), new_tokens=new_tokens, **options)[0])
 
     def adapted_by_peft(self, folder: Path) -> tuple[Any, lora.Lora, lora.Adapter]:
-        """An adapter that PEFT made and wrote to ``folder``: its model, and what we read."""
+        """PEFT's model with an adapter that PEFT creates and saves to ``folder``, and the adapter as we read it."""
         import peft
         import torch
 
@@ -199,7 +200,7 @@ class Pair:
         return model, *lora.read_adapter(folder, self.config)
 
     def adapted_by_us(self, folder: Path) -> tuple[Any, lora.Lora, lora.Adapter]:
-        """An adapter that we made and wrote to ``folder``: PEFT's model with it, and what it was."""
+        """PEFT's model with an adapter that we create and write to ``folder``, and that adapter."""
         import peft
 
         chosen, rng = lora.Lora(3, 5.0, "all-linear"), np.random.default_rng(2)
@@ -216,7 +217,7 @@ class Pair:
         return peft.PeftModel.from_pretrained(self._loaded(self.path), folder).eval(), chosen, adapter
 
     def in_eight_bits(self, folder: Path) -> tuple[Any, Any]:
-        """Our weights in eight bits, and a model of Transformers with the numbers that they stand for."""
+        """A Transformers model with our dequantized int8 weights, and those weights."""
         eight = read_weights(self.path, self.config, int8=True)
         write_weights(folder, self.config, eight, "float32")
         return self._loaded(folder), eight
@@ -248,7 +249,7 @@ def _rows(tokens: np.ndarray, attended: np.ndarray) -> Rows:
 
 
 def random_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [ROWS, PLACES], and which of them are attended if rows are padded on the left, or on the right."""
+    """Tokens [ROWS, PLACES], and the attended positions if rows are padded on the left, and on the right."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, TINY["vocab_size"], (ROWS, PLACES))
     padding = np.array([0, 5, 17, PLACES - 3])[:, None]
@@ -256,13 +257,13 @@ def random_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def random_prompts() -> list[list[int]]:
-    """Prompts of different lengths, the longest beyond the windows."""
+    """Prompts of different lengths, the longest one longer than the windows."""
     rng = np.random.default_rng(1)
     return [rng.integers(0, TINY["vocab_size"], size).tolist() for size in (3, 7, 12, 1)]
 
 
 def measure(family: str, folder: Path) -> Row:
-    """A row of the table; ``folder`` is empty."""
+    """A row of the table; ``folder`` must be empty."""
     pair = Pair.make(family, folder / "base")
     tokens, left, right = random_rows()
     ours, theirs = pair.our_logits(tokens), pair.their_logits(tokens)
@@ -306,7 +307,7 @@ def measure(family: str, folder: Path) -> Row:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The table for a page: differences and errors with two digits."""
+    """The table as Markdown; differences and errors have two digits."""
 
     def cell(name: str, value: Any) -> str:
         return f"{value:.1e}" if isinstance(value, float) and name != "logit_spread" else f"{value:.3g}"
@@ -339,8 +340,8 @@ def main(values: FlagValues) -> None:
 
 def define_flags(values: FlagValues) -> None:
     names = ListParser(flags.EnumParser(list(FAMILIES)))
-    define(values, names, "families", f"which, of {', '.join(FAMILIES)}", tuple(FAMILIES))
-    define(values, NameParser(), "out", "where parity.csv and parity.json go", "results/finetuning")
+    define(values, names, "families", f"families to compare, of {', '.join(FAMILIES)}", tuple(FAMILIES))
+    define(values, NameParser(), "out", "directory for parity.csv and parity.json", "results/finetuning")
 
 
 if __name__ == "__main__":

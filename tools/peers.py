@@ -1,17 +1,17 @@
-"""Peers: what people train such models with today. PyTorch and Transformers, ``torch.func``, and a plain Flax loop.
+"""Peers, the common ways to train such models: PyTorch and Transformers, ``torch.func``, and a plain Flax loop.
 
-What is fair, and what is not, is decided in the peers' favor wherever it is cheap to do so:
+Where it is cheap to do so, questions of fairness are decided in the peers' favor:
 
 - same vocabulary, rows, layers, width, heads, MLP width and activation; dropout 0; loss on the answer alone;
-- their rows lie on the device before the clock starts, so PyTorch pays neither for making nor for loading them (the
-  Flax loop does: that is what it is there to show);
+- their rows are on the device before timing starts, so PyTorch pays neither for making nor for loading them (the Flax
+  loop does: it shows the cost of that);
 - no clipping, no schedule, no metrics, no reading of the loss, all of which our step has;
 - fused AdamW; PyTorch has as many threads as this process has cores; float32 products on a GPU are TF32.
 
-Against them: GPT-2 always has LayerNorm, biases and a tied head, and computes its last layer and the head at all
-positions, where ours stops at the answer; so it does somewhat more arithmetic for the same tokens. That is what users
-of GPT-2 do. And nobody runs a process a core for them: part of what a population gains on CPU is that each member has a
-core to itself.
+To their disadvantage: GPT-2 always has LayerNorm, biases and a tied head, and computes its last layer and the head at
+all positions, where ours is limited to the answer; so it does somewhat more arithmetic for the same tokens, as it does
+for any user of GPT-2. And no peer runs one process per core: part of the gain of a population on CPU is that each
+member has its own core.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from instrdiv.tasks.tokens import END, FIRST_TOKEN, PAD, SEPARATOR
 from tools.contenders import World
 from tools.measuring import Contender, NotRun, Ready
 
-#: Different batches that PyTorch trains on in turn.
+#: Number of different batches that PyTorch cycles through.
 _BATCHES = 8
-#: Members of the ensemble, at most: without a fused attention its activations are large.
+#: Maximum number of ensemble members: without fused attention its activations are large.
 _ENSEMBLE = 8
 
 
@@ -49,10 +49,10 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
 
     Args:
       world: what it is trained on.
-      batch_size: examples a step.
+      batch_size: examples per step.
       precision: ``float32``, or ``bfloat16`` by autocast; parameters are float32.
-      mode: ``eager``; ``compiled`` by torch.compile, into one graph or not at all; or ``graphs``, compiled and replayed
-        as a CUDA graph.
+      mode: ``eager``; ``compiled`` by torch.compile as one full graph; or ``graphs``, compiled and replayed as a CUDA
+        graph.
     """
     short = {"float32": "fp32", "bfloat16": "bf16"}[precision]
     words = {"eager": "eager", "compiled": "compiled", "graphs": "compiled, CUDA graphs,"}[mode]
@@ -74,7 +74,7 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
                 return _loss(model(input_ids=inputs, use_cache=False).logits, targets)
 
         if mode != "eager":
-            # fullgraph: rather fail than run part of it uncompiled and call it compiled.
+            # fullgraph: fail rather than silently run part of it uncompiled.
             how = "reduce-overhead" if mode == "graphs" else "default"
             loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False, mode=how)
 
@@ -97,10 +97,10 @@ def gpt2(world: World, batch_size: int, precision: str, mode: str = "eager") -> 
 
 
 def ensemble(world: World, batch_size: int) -> Contender:
-    """Members of ``GPT2LMHeadModel`` as one: ``torch.func`` stacks their parameters and maps the gradient over them.
+    """An ensemble of ``GPT2LMHeadModel``: ``torch.func`` stacks the parameters, and vmaps the gradient over members.
 
-    Their attention is written out: ``scaled_dot_product_attention`` cannot be mapped but by a loop over the members.
-    AdamW works entry by entry, so one fused update of the stacked parameters is that of every member.
+    Attention is written out: vmap of ``scaled_dot_product_attention`` would be a loop over the members. AdamW is
+    elementwise, so one fused update of the stacked parameters updates every member as it would alone.
     """
     members, precision = min(len(world.members), _ENSEMBLE), world.setting.precision
 
@@ -129,7 +129,7 @@ def ensemble(world: World, batch_size: int) -> Contender:
         def step() -> None:
             gradients = gradient(parameters, *next(rows))
             for name, parameter in parameters.items():
-                # Contiguous: the fused update goes through memory in order, whatever the layout of a gradient.
+                # Contiguous: the fused update reads memory in order, ignoring the layout of a gradient.
                 parameter.grad = gradients[name].detach().contiguous()
             optimizer.step()
 
@@ -147,7 +147,7 @@ def ensemble(world: World, batch_size: int) -> Contender:
 
 
 def flax_loop(world: World, batch_size: int) -> Contender:
-    """Our decoder as one would train it alone: a jitted step, a dispatch each, batches from a loader on the host."""
+    """Our decoder in a plain training loop: one dispatch of a jitted step per batch, from a loader on the host."""
 
     def set_up() -> Ready:
         (group,) = make_groups(world.members[:1])
@@ -189,16 +189,16 @@ def flax_loop(world: World, batch_size: int) -> Contender:
 
 
 def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterator[np.ndarray]:
-    """Rows int32 [B, T] for ever, made by vectorized numpy: random rules, each planted once in random letters.
+    """Yields rows int32 [B, T] forever, made by vectorized NumPy: random rules, each planted once in random letters.
 
-    Raises NotRun where rows differ in length.
+    Raises NotRun if rows differ in length.
     """
     P, R, L = shape.pattern, shape.replacement, shape.input
     if shape.ragged or R == 0:
         raise NotRun("not run: its loader makes rows of one length only")
     rng = np.random.default_rng(0)
     separator = np.full((batch_size, 1), SEPARATOR)
-    # Where each letter of an answer comes from, if the pattern starts at 0: the replacement, or the input after it.
+    # Positions in the answer.
     place = np.arange(L - P + R)
     while True:
         chosen = rng.integers(len(rules), size=batch_size)
@@ -224,7 +224,7 @@ def host_batches(shape: TaskShape, rules: RuleTable, batch_size: int) -> Iterato
 
 
 def with_torch(set_up: Callable[[], Ready], packages: Sequence[str] = ("torch", "transformers")) -> Callable[[], Ready]:
-    """A set-up that says what to install where a package, or PyTorch's support of this machine's device, is missing."""
+    """Wraps a set-up: raises NotRun if a package, or PyTorch's support for this machine's device, is missing."""
 
     def checked() -> Ready:
         absent = [name for name in packages if not importlib.util.find_spec(name)]
@@ -236,7 +236,7 @@ def with_torch(set_up: Callable[[], Ready], packages: Sequence[str] = ("torch", 
             raise NotRun(f"missing: a PyTorch that can use this machine's {jax.default_backend()}")
         torch.set_num_threads(usable_cores())
         if torch_device() == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as JAX has it by default
+            torch.set_float32_matmul_precision("high")  # TF32, JAX's default
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return set_up()
@@ -245,12 +245,12 @@ def with_torch(set_up: Callable[[], Ready], packages: Sequence[str] = ("torch", 
 
 
 def torch_device() -> str:
-    """Where PyTorch works: on what JAX works on."""
+    """PyTorch's name for JAX's device."""
     return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 def wait() -> None:
-    """Waits for what PyTorch has been given to do."""
+    """Waits for all of PyTorch's pending work."""
     if torch_device() == "cuda":
         import torch
 
@@ -258,21 +258,21 @@ def wait() -> None:
 
 
 def allocated() -> int:
-    """Bytes that PyTorch has on the GPU."""
+    """Bytes that PyTorch has allocated on the GPU; 0 on CPU."""
     import torch
 
     return torch.cuda.memory_allocated() if torch_device() == "cuda" else 0
 
 
 def peak_since(before: int) -> int | None:
-    """The most that PyTorch has had since its set-up, beyond what others had then; None on CPU, where nothing tells."""
+    """PyTorch's peak memory in bytes since its set-up, minus ``before``; None on CPU, where it is unknown."""
     import torch
 
     return torch.cuda.max_memory_allocated() - before if torch_device() == "cuda" else None
 
 
 def _gpt2_config(world: World, attention: str) -> Any:
-    """The setting's shape; its activation, too: where ours is cheaper than GPT-2's, so is theirs."""
+    """A GPT-2 of the setting's shape, with its activation, so that a cheaper activation benefits both."""
     from transformers import GPT2Config
 
     setting = world.setting
@@ -298,7 +298,7 @@ def _gpt2_config(world: World, attention: str) -> Any:
 
 
 def _batches(world: World, batch_size: int) -> list[tuple[Any, Any]]:
-    """Inputs and targets int64 [B, T - 1] on the device; targets are -100 where there is no loss, as usual there."""
+    """Inputs and targets int64 [B, T - 1] on the device; targets are -100 (ignored) where there is no loss."""
     import torch
 
     tokens, mask = world.rows(_BATCHES * batch_size)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: the numbers of its JSON, the rows of its table, its picture."""
+"""The output of a benchmark: the contents of its JSON file, the rows of its table, and its figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instrdiv.runtime.tables import Row, write_table
 from instrdiv.runtime.units import in_bytes
 from tools.measuring import Outcome
 
-#: Columns of benchmark.csv: a row a contender. A rate is the median over rounds; ``low`` and ``high`` the extremes.
+#: Columns of benchmark.csv, one row per contender. A rate is the median over rounds; ``low``, ``high``: the extremes.
 COLUMNS = (
     *("kind", "side", "label", "members", "batch_size", "tokens_per_second", "tokens_per_second_low"),
     *("tokens_per_second_high", "examples_per_second", "step_milliseconds", "share_of_matmul_ceiling"),
@@ -25,18 +25,18 @@ COLUMNS = (
 
 @dataclasses.dataclass
 class Record:
-    """Everything that one run of the benchmark found.
+    """All measurements of one benchmark run.
 
     Attributes:
       preset, setting, members: what was trained; a setting has ``as_row()``, ``layers``, ``width`` and ``precision``.
-      tokens, flops: of one example.
-      command: that made it.
+      tokens, flops: per example.
+      command: the command that was run.
       machine, ceilings: see ``machine.py``.
-      outcomes: of every contender, in order of importance.
+      outcomes: one per contender, in order of importance.
       startup: seconds to the first step, by ``cold`` and ``warm`` compilation cache; or ``failed``, with the reason;
-        None where it was not asked for.
-      memory: of 48 members of the papers' shape, see ``contenders.memory``; likewise.
-      device_peak_bytes: the most that JAX has had on one device, all contenders; None where it cannot be told.
+        None if it was not requested.
+      memory: memory of 48 members of the papers' shape, see ``contenders.memory``; or ``failed``, or None, likewise.
+      device_peak_bytes: JAX's peak memory on one device, over all contenders; None if unknown.
     """
 
     preset: str
@@ -54,20 +54,20 @@ class Record:
 
     @property
     def other_cores(self) -> float:
-        """CPU cores that other processes kept busy while samples were taken, on average; NaN where nothing tells."""
+        """CPU cores that other processes kept busy while samples were taken, on average; NaN if unknown."""
         samples = [sample for outcome in self.outcomes for sample in outcome.samples]
         return statistics.fmean(sample.other_cores for sample in samples) if samples else math.nan
 
     @property
     def device(self) -> str:
-        """The machine's devices in a few words."""
+        """A short description of the machine's devices."""
         if self.machine["backend"] == "cpu":
             return f"{self.machine['usable_cores']} CPU cores ({self.machine['processor']})"
         kinds = self.machine["devices"]
         return f"{len(kinds)} x {kinds[0]}"
 
     def of(self, kind: str, **facts: Any) -> list[Outcome]:
-        """The outcomes of this kind that have samples, and these facts (or batch size, or members)."""
+        """The outcomes of this kind that have samples and match these facts (or batch size, or members)."""
         return [
             outcome
             for outcome in self.outcomes
@@ -75,14 +75,14 @@ class Record:
         ]
 
     def best(self, kind: str, **facts: Any) -> Outcome | None:
-        """The fastest of them, by its median; None where there is none."""
+        """The one of them with the highest median rate; None if there is none."""
         return max(self.of(kind, **facts), key=lambda outcome: outcome.rate, default=None)
 
     def tokens_per_second(self, outcome: Outcome) -> float:
         return outcome.rate * self.tokens
 
     def share_of_ceiling(self, outcome: Outcome) -> float:
-        """Arithmetic of training (ours: a peer does more for the same tokens), over the measured matmul ceiling."""
+        """Training FLOP/s over the matmul ceiling, counted for our model; a peer does more for the same tokens."""
         return outcome.rate * self.flops / self.ceilings["matmul_flops"]
 
     def row(self, outcome: Outcome) -> Row:
@@ -103,7 +103,7 @@ class Record:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, every single sample included."""
+        """The whole record, including every sample."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         contenders = [
             {
@@ -118,8 +118,8 @@ class Record:
         return fields | {"setting": self.setting.as_row(), "contenders": contenders}
 
     def as_text(self) -> str:
-        """The table for a terminal, and below it what is not in it, or did not last, and why."""
-        head = ("", "tokens/s", "(min - max)", "ms a step", "of matmul", "memory", "compile")
+        """The table for a terminal, followed by the contenders that are not in it or failed midway, and why."""
+        head = ("", "tokens/s", "(min - max)", "ms/step", "of matmul", "memory", "compile")
         lines = [head, *(self._cells(outcome) for outcome in self.outcomes if outcome.samples)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -140,12 +140,12 @@ class Record:
         )
 
     def write(self, folder: Path) -> None:
-        """benchmark.json and benchmark.csv, whole or not at all."""
+        """Writes benchmark.json and benchmark.csv, each atomically."""
         write_json(folder / "benchmark.json", self.as_json())
         write_table(folder / "benchmark.csv", map(self.row, self.outcomes), COLUMNS)
 
     def draw(self, path: Path) -> None:
-        """The picture: a bar a contender, its whisker from the slowest to the fastest round, and the ceiling."""
+        """Draws the figure: one bar per contender, a whisker from the slowest to the fastest round, and the ceiling."""
         measured = [outcome for outcome in self.outcomes if outcome.samples]
         shown = [outcome for side in ("ours", "peers") for outcome in measured if outcome.contender.side == side]
         figure = new_figure(8, 1.9 + 0.36 * len(shown), "Training throughput, measured in turns")
@@ -169,7 +169,7 @@ class Record:
             axes.plot([], [], " ", label=label + ", off the right edge")
         axes.set_xlim(0, edge)
         axes.xaxis.set_major_formatter(lambda value, _: _thousands(value) if value else "0")
-        axes.set_xlabel("useful tokens a second")
+        axes.set_xlabel("useful tokens per second")
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)
         axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=8, frameon=False)
@@ -182,7 +182,7 @@ class Record:
         text = (
             f"Blue: instrdiv; orange: peers. Median, slowest and fastest of {rounds} rounds in one process; "
             f"{self.device}. "
-            f"{s.layers} layers, width {s.width}, {self.tokens:.0f} tokens an example, {s.precision}; "
+            f"{s.layers} layers, width {s.width}, {self.tokens:.0f} tokens per example, {s.precision}; "
             f"jax {versions['jax']}, torch {versions['torch']}. "
             f"Other processes kept {self.other_cores:.2f} cores busy meanwhile."
         )
@@ -190,7 +190,7 @@ class Record:
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
-    """What is known of a contender before it is measured."""
+    """What is known about a contender before it is measured."""
     contender = outcome.contender
     names = ("kind", "side", "label", "members", "batch_size")
     return {name: getattr(contender, name) for name in names} | contender.facts
@@ -201,7 +201,7 @@ def _is_part(outcome: Outcome) -> bool:
 
 
 def _thousands(number: float) -> str:
-    """Three digits and a unit: 12,300 is 12.3 k."""
+    """Three significant digits and a unit: 12,300 becomes ``12.3 k``."""
     for unit in ("", " k", " M"):
         if number < 999.5 or unit == " M":
             return f"{number:.3g}{unit}" if number < 999.5 else f"{number:,.0f}{unit}"

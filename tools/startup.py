@@ -1,4 +1,4 @@
-"""Seconds from typing a command to its first training step, with a cold and with a warm compilation cache."""
+"""Seconds from launching a command to its first training step, with a cold and with a warm compilation cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LAUNCHER = "experiments.fig2a_instruction_count"
 
 
 def measure(preset: str, steps: int) -> dict[str, float]:
-    """Starts figure 2a twice with an empty cache directory of its own: ``cold``, then ``warm``.
+    """Launches figure 2a twice, sharing a cache directory that is empty at first: ``cold``, then ``warm``.
 
-    ``steps`` is as long as the preset's schedule: as many reports are asked for, so that the first tells of one step.
+    ``steps`` is the length of the preset's schedule: with a report for every step, the first one comes after one step.
     """
     with tempfile.TemporaryDirectory() as folder:
         seconds = {}

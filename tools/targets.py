@@ -1,4 +1,4 @@
-"""The targets, and what became of each in one run of the benchmark: met, not met, or not run."""
+"""Performance targets, and their status in one run of the benchmark: met, not met, not judged or not run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from instrdiv.runtime.units import duration, in_bytes
 from tools.measuring import Outcome, ratio
 from tools.record import Record
 
-#: The evaluation that a target names.
+#: Tests and members of the evaluation target.
 _TESTS, _MEMBERS = 100_000, 48
-#: CPU cores that others may keep busy; where it is more, nothing is judged.
+#: CPU cores that other processes may keep busy; above this, no target is judged.
 QUIET_CORES = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Something that was set out to be reached.
+    """A performance target.
 
     Attributes:
-      what, where, goal: in words.
-      value: what was reached; NaN where it was not measured.
-      met: whether a value is good enough.
-      words: the value for people.
-      shape: whether a run trained what the target is about; a run that did not says nothing about it.
-      place: whether it was on the machine that the target is about; elsewhere its value is shown, but not judged.
+      what, where, goal: descriptions for the table.
+      value: the measured value; NaN if it was not measured.
+      met: whether a value reaches the goal.
+      words: formats the value for people.
+      shape: whether the run trained what the target is about; if it did not, the target counts as not run.
+      place: whether it ran on the machine that the target is about; elsewhere the value is shown, but not judged.
     """
 
     what: str
@@ -40,7 +40,7 @@ class Target:
     place: Callable[[Record], bool] = lambda record: True
 
     def judge(self, record: Record) -> tuple[str, str]:
-        """What was reached, and ``met``, ``not met``, ``not judged`` or ``not run``."""
+        """The value as text, and ``met``, ``not met``, ``not judged`` or ``not run``."""
         value = self.value(record) if self.shape(record) else math.nan
         if math.isnan(value):
             return "", "not run"
@@ -48,7 +48,7 @@ class Target:
         if not self.place(record):
             return f"{words} on {record.device}", "not judged"
         if record.machine["backend"] == "cpu" and record.other_cores > QUIET_CORES:
-            return f"{words} on a machine that others were using", "not judged"
+            return f"{words} on a machine that other processes were using", "not judged"
         return words, "met" if self.met(value) else "not met"
 
 
@@ -78,7 +78,7 @@ def _same(one: Setting, other: Setting, *names: str) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-#: Fields that decide how much arithmetic a model does for a token.
+#: Fields that determine the FLOPs per token.
 _SHAPE = (
     *("layers", "width", "heads", "mlp_ratio", "activation", "norm", "biases"),
     *("alphabet_size", "input_length", "pattern_length", "replacement_length"),
@@ -94,7 +94,7 @@ def _papers(record: Record) -> bool:
 
 
 def _papers_by_adamw(record: Record) -> bool:
-    """As the peers train."""
+    """The papers' setting, with AdamW, the optimizer of the peers."""
     return _papers(record) and _same(record.setting, PAPER, "optimizer")
 
 
@@ -164,7 +164,7 @@ def _startup_seconds(record: Record) -> float:
 
 
 def _memory_bytes(record: Record) -> float:
-    """Of 48 members at batch 512: measured where they ran; where they were only compiled, the compiler's account."""
+    """Memory of 48 members at batch 512: measured if they ran; the compiler's estimate if they were only compiled."""
     memory = record.memory or {}
     return memory.get("peak_bytes") or memory.get("program_bytes", math.nan)
 
@@ -190,7 +190,7 @@ TARGETS = (
         met=lambda value: value >= 3,
     ),
     Target(
-        what="the same against that at its best batch",
+        what="the same against PyTorch GPT-2 compiled bf16, best batch",
         where="one H200",
         goal="> 1x",
         shape=_papers_by_adamw,
@@ -223,7 +223,7 @@ TARGETS = (
         place=_on_h200,
         value=_evaluation_seconds,
         met=lambda value: value < 60,
-        words=lambda record, value: f"{duration(value)}, by the rate of fewer tests",
+        words=lambda record, value: f"{duration(value)}, extrapolated from fewer tests",
     ),
     Target(
         what="laptop shape, 8 members, against one after another",
@@ -235,7 +235,7 @@ TARGETS = (
         met=lambda value: value >= 1.2,
     ),
     Target(
-        what="the same against PyTorch eager one after another",
+        what="the same against PyTorch eager, one after another",
         where="two CPU cores",
         goal=">= 1.5x",
         shape=_laptop,
@@ -253,7 +253,7 @@ TARGETS = (
         met=lambda value: value >= 1,
     ),
     Target(
-        what="compile, one program a group",
+        what="compile, one program per group",
         where="any",
         goal="< 60 s",
         value=_compile_seconds,
@@ -276,11 +276,11 @@ TARGETS = (
         goal="fits",
         place=lambda record: _on_h200(record) and "peak_bytes" in (record.memory or {}),
         value=_memory_bytes,
-        met=lambda value: True,  # or there would be none
+        met=lambda value: True,  # without a measurement the value is NaN
         words=lambda record, value: in_bytes(value),
     ),
     Target(
-        what="scaling: no collective across members, one reduction a step along data",
+        what="scaling: no collective across members, one reduction per step along data",
         where="1, 2, 4, 8 simulated devices",
         goal="asserted by tests, not here",
         value=lambda record: math.nan,

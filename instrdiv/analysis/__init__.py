@@ -1,1 +1,1 @@
-"""What tables say: thresholds, claims, pictures, and the diversity of a data set; pure functions of rows."""
+"""Analysis of tables: thresholds, claims, plots, and the diversity of a data set; pure functions of rows."""

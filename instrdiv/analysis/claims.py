@@ -1,4 +1,4 @@
-"""Claims: what the papers say of a figure, whether a table bears it out, and the verdict."""
+"""Claims of the papers about a figure: whether a results table supports them, and the verdict."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from instrdiv.runtime.tables import (
     write_table,
 )
 
-#: Columns of claims.csv: what the papers say of a figure, and whether its table bears that out.
+#: Columns of claims.csv: the papers' claims about a figure, and whether its table supports them.
 CLAIM_COLUMNS = ("claim", "holds", "evidence")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One thing a paper says, and whether our table bears it out."""
+    """One claim of a paper, and whether our table supports it."""
 
     text: str
     holds: bool
@@ -25,12 +25,12 @@ class Claim:
 
 
 def verdict(claims: Sequence[Claim]) -> str:
-    """``reproduced`` where every claim holds, ``not reproduced`` otherwise."""
+    """``reproduced`` if every claim holds, ``not reproduced`` otherwise."""
     return "reproduced" if claims and all(claim.holds for claim in claims) else "not reproduced"
 
 
 def write_claims(path: Path, claims: Sequence[Claim] | None) -> None:
-    """Writes claims as a table; None, where there is nothing to judge, leaves none."""
+    """Writes claims as a table; None (not judged) removes an existing table."""
     if claims is None:
         path.unlink(missing_ok=True)
     else:
@@ -39,7 +39,7 @@ def write_claims(path: Path, claims: Sequence[Claim] | None) -> None:
 
 
 def read_claims(path: Path) -> list[Claim] | None:
-    """The claims of a run; None where it was not judged."""
+    """The claims of a run; None if it was not judged."""
     if not path.exists():
         return None
     rows = read_table(path, CLAIM_COLUMNS, text=("claim", "evidence"))

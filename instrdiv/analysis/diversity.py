@@ -1,13 +1,13 @@
-"""How diverse a set of instructions is: numbers, and a map.
+"""Measures how diverse a set of instructions is, in numbers and as a map.
 
-Two ways of counting say how many *different* instructions N texts amount to. Both are N where all are unlike, and k for
-k unlike ones that are repeated equally often:
+Two measures estimate how many *different* instructions N texts contain. Both equal N if all texts are dissimilar, and k
+for k dissimilar texts that are repeated equally often:
 
-- *clusters*: the exponential of the entropy over clusters, which are those of average linkage, cut where two have a
-  mean cosine below ``same``. Not k-means: it cuts a narrow source into its k cells as evenly as a wide one, so that the
-  number would tell of k alone, while ``same`` is a distance, and means the same for every source.
-- *Vendi score* (Friedman and Dieng, arXiv 2210.02410): the exponential of the von Neumann entropy of K / N, where K has
-  the cosines of all pairs. No threshold, but at most d for embeddings of d numbers.
+- *clusters*: the exponential of the entropy over clusters, found by average linkage, cut where two clusters have a mean
+  cosine below ``same``. Not k-means, which splits a narrow source into k cells as evenly as a wide one, so that the
+  number would depend on k alone; ``same`` is a distance that means the same for every source.
+- *Vendi score* (Friedman and Dieng, arXiv 2210.02410): the exponential of the von Neumann entropy of K / N, where K
+  contains the cosines of all pairs. It has no threshold, but is at most d for d-dimensional embeddings.
 
 Both grow with N, so sources are compared at the same N, on random draws; intervals are over draws.
 """
@@ -32,33 +32,34 @@ from instrdiv.runtime.errors import needs
 from instrdiv.runtime.tables import Row
 from instrdiv.tasks.counts import effective_number
 
-#: Draws of a source that has more rows than one takes.
+#: Number of draws from a source that has more texts than one draw.
 DRAWS = 5
-#: Cosines at which the clusters are counted, besides that of the headline.
+#: Cosines at which clusters are counted, in addition to the headline one.
 SCALES = tuple(round(0.05 * step, 2) for step in range(1, 20))
-#: Points of a map, in all; and how many directions of the embeddings it is made of.
+#: Total number of points on a map, and number of principal directions of the embeddings it is computed from.
 MAP_POINTS, MAP_DIRECTIONS = 2_400, 50
-#: How the map is made.
+#: Methods to make the map.
 MAPS = ("tsne", "pca")
 
-#: Columns of diversity.csv: a row per source, and one for all. Of all its texts: how many, how many distinct ones, the
-#: effective number of these (exponential of the entropy of their shares), and the shares of exact and of near (exact
-#: ones included) duplicates. Of ``draws`` draws of ``drawn`` texts: means and 95 % t-intervals (none of one draw).
+#: Columns of diversity.csv: a row per source, and one for all of them. Over all its texts: the number of texts and of
+#: distinct ones, the effective number of the latter (exponential of the entropy of their shares), and the shares of
+#: exact and of near duplicates (which include the exact ones). Over ``draws`` draws of ``drawn`` texts: means and 95 %
+#: t-intervals (none for a single draw).
 DIVERSITY_COLUMNS = (
     *("source", "texts", "distinct", "effective_distinct", "exact_duplicates", "near_duplicates", "drawn", "draws"),
     *("clusters", "clusters_low", "clusters_high", "vendi", "vendi_low", "vendi_high", "same", "embedder"),
 )
-#: Columns of scales.csv: the number of clusters, mean over draws, where ``same`` is another cosine.
+#: Columns of scales.csv: the mean number of clusters over draws, for other values of ``same``.
 SCALE_COLUMNS = ("source", "same", "clusters")
-#: Columns of overlap.csv: of the texts of a source, the share whose nearest other one is of ``nearest``.
+#: Columns of overlap.csv: the share of a source's texts whose nearest other text is from ``nearest``.
 OVERLAP_COLUMNS = ("source", "nearest", "share")
-#: Columns of map.csv: where a text is on the map.
+#: Columns of map.csv: the coordinates of each text on the map.
 MAP_COLUMNS = ("source", "row", "x", "y")
 
 
 @dataclasses.dataclass(frozen=True)
 class Diversity:
-    """The tables of a report, with the columns above; ``row`` of the map is the text's number in its source."""
+    """The tables of a report, with the columns above; ``row`` of the map is the text's index in its source."""
 
     scores: list[Row]
     scales: list[Row]
@@ -75,22 +76,22 @@ def measure(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Diversity:
-    """Everything that a report says of some sources.
+    """Computes all tables of a report on some sources.
 
     Args:
       texts: source -> its instructions.
-      embedder: makes them vectors.
-      same: the cosine of one instruction; the embedder's by default.
-      sample: texts a draw, at most; all draws are as large as the smallest source allows.
-      layout: of the map, one of ``MAPS``.
-      seed: of the draws, and of the map.
-      say: is told what is being done.
+      embedder: turns texts into vectors.
+      same: cosine above which texts count as the same instruction; the embedder's by default.
+      sample: maximum number of texts per draw; all draws are as large as the smallest source allows.
+      layout: method to make the map, one of ``MAPS``.
+      seed: for the draws and the map.
+      say: called with progress messages.
 
     Raises:
-      BadInput: where the embedder gives no directions, or a package is missing.
+      BadInput: the embedder gives no directions, or a package is missing.
     """
     if layout == "tsne":
-        _tsne()  # is it there? asked before anything is measured
+        _tsne()  # fails early, before anything is measured, if it is not installed
     same = embedder.same if same is None else same
     drawn = min(sample, *(len(of_source) for of_source in texts.values()))
     pooled = [text for of_source in texts.values() for text in of_source]
@@ -120,7 +121,7 @@ def measure(
             tables.scales.append({"source": source, "same": scale, "clusters": value})
     names = list(texts)
     if len(names) > 1:
-        say("looking for nearest neighbors")
+        say("finding nearest neighbors")
         shares = nearest_sources([embedded for *_, embedded in firsts])
         tables.overlap.extend(
             {"source": a, "nearest": b, "share": shares[i, j].item()}
@@ -137,10 +138,10 @@ def measure(
 
 
 def merges(embeddings: Embeddings) -> np.ndarray:
-    """The tree of average linkage by cosine distance, as scipy writes it: float64 [N - 1, 4]."""
+    """The average-linkage tree by cosine distance, in scipy's format: float64 [N - 1, 4]."""
     n = embeddings.shape[0]
     distances = 1 - cosines(embeddings, embeddings)[np.triu_indices(n, 1)]
-    distances[distances < 1e-9] = 0  # equal texts, except for rounding
+    distances[distances < 1e-9] = 0  # equal texts, up to rounding
     return hierarchy.average(distances) if n > 1 else np.zeros((0, 4))
 
 
@@ -153,8 +154,8 @@ def effective_clusters(tree: np.ndarray, same: float) -> float:
 
 
 def vendi(embeddings: Embeddings) -> float:
-    """The Vendi score with the cosine as kernel, exactly: K / N [N, N] and the covariance [d, d] have the same
-    eigenvalues except zeros, so the smaller one is taken."""
+    """The exact Vendi score with the cosine kernel. K / N [N, N] and the covariance [d, d] have the same nonzero
+    eigenvalues, so the smaller matrix is used."""
     n, d = embeddings.shape
     kernel = cosines(embeddings.T, embeddings.T) if d < n else cosines(embeddings, embeddings)
     shares = scipy.linalg.eigvalsh(kernel / n)
@@ -163,9 +164,9 @@ def vendi(embeddings: Embeddings) -> float:
 
 
 def nearest_sources(sources: Sequence[Embeddings]) -> np.ndarray:
-    """float64 [S, S]: of the texts of a source (row), the share whose nearest other text is of which source.
+    """float64 [S, S]: the share of a source's texts (row) whose nearest other text is from each source (column).
 
-    Of several texts that are equally near, each counts in part. Well mixed sources of equal size have equal shares.
+    Equally near texts share the count. Well mixed sources of equal size have equal shares.
     """
     pooled = _stack(sources)
     sizes = [embeddings.shape[0] for embeddings in sources]
@@ -181,10 +182,10 @@ def nearest_sources(sources: Sequence[Embeddings]) -> np.ndarray:
 
 
 def layouts(embeddings: Embeddings, layout: str, seed: int) -> np.ndarray:
-    """float64 [N, 2]: a map on which similar texts are near each other.
+    """float64 [N, 2]: a map on which similar texts are close together.
 
-    ``pca``: the two directions of largest variance. ``tsne``: of the first ``MAP_DIRECTIONS`` of them; neighborhoods
-    mean something there, distances and sizes do not. The same on the same machine and versions.
+    ``pca``: the two directions of largest variance. ``tsne``: computed from the first ``MAP_DIRECTIONS`` of them;
+    neighborhoods are meaningful, distances and sizes are not. Deterministic on the same machine and versions.
     """
     n = embeddings.shape[0]
     if n < 3:
@@ -195,7 +196,7 @@ def layouts(embeddings: Embeddings, layout: str, seed: int) -> np.ndarray:
     some = min(MAP_DIRECTIONS, n)
     values, vectors = scipy.linalg.eigh(kernel, subset_by_index=(n - some, n - 1))
     directions = (vectors * np.sqrt(np.maximum(values, 0)))[:, ::-1]
-    directions *= np.where(directions[np.abs(directions).argmax(0), np.arange(some)] < 0, -1, 1)  # a sign is arbitrary
+    directions *= np.where(directions[np.abs(directions).argmax(0), np.arange(some)] < 0, -1, 1)  # signs are arbitrary
     if layout == "pca":
         return directions[:, :2]
     start = 1e-4 * directions[:, :2] / max(directions[:, 0].std(), 1e-12)
@@ -204,7 +205,7 @@ def layouts(embeddings: Embeddings, layout: str, seed: int) -> np.ndarray:
 
 
 def cosines(a: Embeddings, b: Embeddings) -> np.ndarray:
-    """Dense float64 [N, M]: the products of all rows."""
+    """Dense float64 [N, M]: the dot products of all pairs of rows."""
     found: Any = a @ b.T
     return found.toarray() if scipy.sparse.issparse(found) else found
 
@@ -214,7 +215,7 @@ def _stack(sources: Sequence[Embeddings]) -> Embeddings:
 
 
 def _of_all(texts: Sequence[str], say: Callable[[str], None]) -> Row:
-    """What is counted in all texts of a source, without an embedder."""
+    """Counts over all texts of a source that need no embedder."""
     first = exact_duplicates(texts)
     counts = np.bincount(np.where(first < 0, np.arange(len(texts)), first))
     distinct = int(np.count_nonzero(first < 0))

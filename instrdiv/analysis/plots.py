@@ -1,4 +1,4 @@
-"""Pictures, drawn from tables alone: a run can be redrawn without a model."""
+"""Plots, drawn from tables alone, so that a run can be redrawn without a model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def instruction_curve(
     Args:
       results: rows of results.csv.
       path_stem: where to write ``.png`` and ``.pdf``; None writes nothing.
-      reported_band: where the papers report their step, drawn in the background.
-      title: first line.
-      slice: of the tests that are counted; the task's headline by default.
+      reported_band: where the papers report their step, shown in the background.
+      title: the first line.
+      slice: the slice of tests to count; the task's headline by default.
       notes: lines below the caption.
 
     Returns:
-      The matplotlib figure. Every member is a dot (a cross if it diverged), every line a mean with a 95 % t-interval
+      The matplotlib figure. Each member is a dot (a cross if it diverged), each line a mean with a 95 % t-interval
       over seeds.
     """
     figure = new_figure(8, 5.2)
@@ -72,7 +72,7 @@ def instruction_curve(
 
 
 def new_figure(width: float, height: float, title: str | None = None):
-    """A figure that is empty except for a title, without pyplot and its global state; a notebook shows it as it is."""
+    """An empty figure with an optional title, without pyplot and its global state; displays itself in a notebook."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,14 +90,14 @@ def new_figure(width: float, height: float, title: str | None = None):
 
 
 def finish(figure, results: Sequence[Row], path_stem: Path | None, *notes: str, slice: str | None = None) -> None:
-    """Saves a figure with the caption of its table, and with ``notes`` as lines of their own."""
+    """Saves a figure with the caption of its table, followed by ``notes`` on separate lines."""
     save(figure, "\n".join((caption(results, slice), *notes)), path_stem)
 
 
 def save(figure, text: str, path_stem: Path | None) -> None:
-    """Adds a caption and writes ``.png`` and ``.pdf``, byte-identical for identical figures; without a path, writes
-    nothing."""
-    letters = int(15 * figure.get_figwidth())  # that fit into a line
+    """Adds a caption and writes ``.png`` and ``.pdf``, byte-identical for identical figures; writes nothing without a
+    path."""
+    letters = int(15 * figure.get_figwidth())  # that fit on a line
     lines = text.splitlines()
     text = "\n".join(textwrap.fill(line, letters) for line in lines)
     figure.supxlabel(text, fontsize=8.5, color="#444444", x=0.02, ha="left")
@@ -109,9 +109,9 @@ def save(figure, text: str, path_stem: Path | None) -> None:
 
 
 def caption(results: Sequence[Row], slice: str | None = None) -> str:
-    """Seeds, tests, model, regime and task, from the table; what the members differ in is said to be varied.
+    """Seeds, tests, model, training regime and task, from the table; shows all values of what varies between members.
 
-    ``slice``: of the tests that are counted; the task's headline by default.
+    ``slice``: the slice of tests to count; the task's headline by default.
     """
     slice = slice or thresholds.headline(results)
     headline = [row for row in results if row["split"] == "unseen" and row["slice"] == slice] or list(results)
@@ -126,8 +126,8 @@ def caption(results: Sequence[Row], slice: str | None = None) -> str:
     tests = "tests" if slice == "all" else f"{slice.replace('_', '-')} tests"
     of_task = task_of(names).caption(headline)
     return (
-        f"{_range(models.values())} seed{'s' * (max(models.values()) > 1)} a setting; "
-        f"{_range(row['tests'] for row in headline)} unseen {tests} a model; dots: models; "
+        f"{_range(models.values())} seed{'s' * (max(models.values()) > 1)} per setting; "
+        f"{_range(row['tests'] for row in headline)} unseen {tests} per model; dots: models; "
         "line and bars: mean and 95 % t-interval over seeds.\n"
         f"Fixed set of {values('examples')} examples, {values('epochs', '{:g}')} epochs ({values('examples_seen')} "
         f"examples seen), {values('optimizer', '{}')}; {values('layers')} layers, width {values('width')}"
@@ -142,7 +142,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def shades(count: int) -> list:
-    """Colors of an ordered quantity, dark to light; told apart in gray, too."""
+    """Colors for an ordered quantity, dark to light; distinguishable in grayscale."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.78, count)]
@@ -166,7 +166,7 @@ def match_axis(axes, label: str = "exact match") -> None:
 
 
 def one_half(axes) -> None:
-    """The line at which a threshold is read."""
+    """A horizontal line at one half, where thresholds are read off."""
     axes.axhline(0.5, color=BAND, lw=0.8, ls=":", zorder=1)
 
 
@@ -174,7 +174,7 @@ def curve(
     axes, values: Mapping[float, Sequence[float]], color, label: str | None = None, marker: str = "o", style: str = "-",
     light: bool = False,
 ) -> None:  # fmt: skip
-    """Every member as a dot, and a line of means with 95 % t-intervals over seeds; ``light``: thin, without the dots.
+    """Each member as a dot, and a line of means with 95 % t-intervals over seeds; ``light``: a thin line, no dots.
 
     ``values``: x -> exact matches of the seeds.
     """
@@ -195,7 +195,7 @@ def curve(
     axes.errorbar(x, mean, yerr=errors, color=color, lw=1.8, ls=style, capsize=3, elinewidth=1, label=label, zorder=3)
     logarithmic = axes.get_xscale() == "log"
     for value, points in values.items():
-        # Seeds side by side: a nudge too small to be read as another value.
+        # Place seeds side by side, offset too little to be mistaken for another value.
         places = np.arange(len(points)) - (len(points) - 1) / 2
         x_points = value * 1.04**places if logarithmic else value + 0.05 * places
         axes.plot(x_points, points, marker, color=color, ms=4.5, alpha=0.65, mec="white", mew=0.4, zorder=4)
@@ -203,7 +203,7 @@ def curve(
 
 def threshold_levels(axes, levels: Mapping[Any, thresholds.Threshold], base: Any, tested: Sequence[float]) -> None:
     """I50 at each level of a factor: dots are seeds, bars geometric means with 95 % intervals; an arrow at the edge of
-    the tested range says how many seeds pass one half beyond it."""
+    the tested range shows how many seeds cross one half beyond it."""
     axes.set_yscale("log")
     axes.set_ylim(tested[0] / 1.6, tested[-1] * 1.6)
     axes.set_yticks(tested, [f"{tick:,}" for tick in tested])
@@ -240,7 +240,7 @@ def heat_map(axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[st
 
 
 def _logistic(axes, unseen: Sequence[Row]) -> None:
-    """An overlay for the eye; the threshold does not come from it."""
+    """A visual overlay; the threshold is not computed from it."""
     fit = thresholds.logistic_fit([row["instructions"] for row in unseen], [row["exact_match"] for row in unseen])
     if fit:
         center, width, top = fit
@@ -250,7 +250,7 @@ def _logistic(axes, unseen: Sequence[Row]) -> None:
 
 
 def _shares(axes, values: dict[float, list[float]]) -> None:
-    """Above the axes: how many seeds of each count pass one half. Near the step seeds are bimodal: a mean hides it."""
+    """Above the axes, how many seeds exceed one half at each count; the mean hides that they are bimodal near it."""
     top = axes.secondary_xaxis("top")
     labels = [f"{sum(point > 0.5 for point in points)}/{len(points)}" for points in values.values()]
     top.set_xticks(list(values), labels, fontsize=8.5, color=UNSEEN)

@@ -1,8 +1,8 @@
 """Thresholds, intervals and verdicts: pure functions of the results table.
 
-The *threshold* I50 is the number of instructions at which a seed's exact match on unseen has-op examples passes one
-half: a monotone (isotonic) fit to its points, interpolated linearly in log I. It is computed per seed; the mean and
-the interval are over seeds, in log I, since seeds are what varies.
+The *threshold* I50 is the number of instructions at which a seed's exact match on unseen has-op examples crosses one
+half, from a monotone (isotonic) fit to its points, interpolated linearly in log I. It is computed per seed; the mean
+and the interval are over seeds, in log I, since the variation is between seeds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from instrdiv.tasks.task import task_of
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
-    """Where one seed's curve passes one half.
+    """Where one seed's curve crosses one half.
 
     Attributes:
-      value: I50; NaN where the curve does not pass one half between two tested values.
-      below, above: the tested values that bracket it; one of them is NaN where it lies outside the tested range.
+      value: I50; NaN if the curve does not cross one half between two tested values.
+      below, above: the tested values that bracket it; one of them is NaN if it lies outside the tested range.
     """
 
     value: float
@@ -56,13 +56,14 @@ class Threshold:
     """I50 of a figure.
 
     Attributes:
-      values: what was tested, ascending.
-      per_seed: crossing of every seed that lacks no point.
-      interval: geometric mean over the seeds that have one, with its t-interval in log I; NaN where no seed has one.
-      outside: seeds whose curve passes one half outside the range it was tested in; they are not in the mean, so say
-        how many.
-      incomplete: seeds that lack a point between their own, such as that of a diverged member; left out likewise.
-      below, above: the tested values that bracket every seed's crossing.
+      values: the tested values, ascending.
+      per_seed: crossing of every seed that is not ``incomplete``.
+      interval: geometric mean over the seeds that have an I50, with its t-interval in log I; NaN if no seed has one.
+      outside: number of seeds whose curve crosses one half outside their tested range; they are excluded from the mean,
+        so report how many there are.
+      incomplete: number of seeds with a gap in their tested values, such as a diverged member, or a single one; also
+        excluded.
+      below, above: the tested values that bracket the crossings of all seeds.
     """
 
     values: tuple[float, ...]
@@ -75,7 +76,7 @@ class Threshold:
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         seeds = len(self.per_seed)
         if not seeds:
             return f"no threshold: each of the {self.incomplete} seeds lacks a point"
@@ -96,7 +97,7 @@ class Threshold:
 
 
 def comparison(found: Mapping[tuple, Threshold], fields: Sequence[str], baseline: tuple) -> list[Row]:
-    """A row per setting: its threshold, and how many times higher that is than the baseline's (see ``ratios``)."""
+    """One row per setting: its threshold, and the ratio of that to the baseline's (see ``ratios``)."""
     others = {key: threshold for key, threshold in found.items() if key != baseline}
     against = ratios(others, found[baseline]) | {baseline: NOTHING}
     rows = []
@@ -113,7 +114,7 @@ def comparison(found: Mapping[tuple, Threshold], fields: Sequence[str], baseline
 
 
 def headline(results: Sequence[Row]) -> str:
-    """The slice that the task of these rows is judged by."""
+    """The headline slice of the task that these rows belong to."""
     return task_of(results[0] if results else ()).headline
 
 
@@ -123,9 +124,9 @@ def select(results: Sequence[Row], split: str, slice: str) -> list[Row]:
 
 
 def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
-    """The threshold of rows that differ in ``x`` and seed alone (see ``select``). Needs at least one row.
+    """The threshold of rows that differ only in ``x`` and seed (see ``select``). Needs at least one row.
 
-    Some seeds may have been tested at some neighboring values only: more seeds where the step is.
+    A seed may have been tested at only some neighboring values, so that there are more seeds near the step.
     """
     values, seeds = sorted({row[x] for row in rows}), sorted({row["seed"] for row in rows})
     per_seed = {}
@@ -145,7 +146,7 @@ def threshold(rows: Sequence[Row], x: str = "instructions") -> Threshold:
 
 
 def by_setting(rows: Sequence[Row], fields: Sequence[str], x: str = "instructions") -> dict[tuple, Threshold]:
-    """The threshold of every combination of values of ``fields``, in the order of the values."""
+    """The threshold for each combination of values of ``fields``, sorted by value."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in fields), []).append(row)
@@ -153,17 +154,17 @@ def by_setting(rows: Sequence[Row], fields: Sequence[str], x: str = "instruction
 
 
 def ordering(key: tuple) -> list[tuple[bool, Any]]:
-    """For sorting values of settings: numbers before names."""
+    """Sort key for values of settings: numbers before names."""
     return [(isinstance(value, str), value) for value in key]
 
 
 def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Interval]:
-    """How many times higher each threshold is than the baseline's: ratios of geometric means over seeds.
+    """The ratio of each threshold to the baseline's, as ratios of geometric means over seeds.
 
-    The intervals are Dunnett's, made for several settings that are compared with one: with 95 % confidence they ALL
-    hold. They take log I50 to spread alike over the seeds of every setting. NaN where a seed of a setting, or of the
-    baseline, passes one half outside the tested range (to leave it out would bend the ratio); the ends are NaN where
-    there are too few seeds to tell how they spread.
+    The intervals are Dunnett's, for comparing several settings with one baseline: with 95 % confidence, ALL of them
+    hold simultaneously. They assume that log I50 has the same variance over seeds in every setting. NaN if a seed of a
+    setting, or of the baseline, crosses one half outside the tested range (excluding it would bias the ratio); the ends
+    are NaN if there are too few seeds to estimate the variance.
     """
     from scipy import stats
 
@@ -182,7 +183,7 @@ def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Int
             interval = stats.ttest_ind(*samples.values(), control).confidence_interval(0.95)
         else:
             test = stats.dunnett(*samples.values(), control=control, random_state=np.random.default_rng(0))
-            with warnings.catch_warnings():  # it integrates by sampling, and warns where the level is 0.949, say
+            with warnings.catch_warnings():  # it integrates by sampling, and warns if the level is, say, 0.949
                 warnings.simplefilter("ignore", UserWarning)
                 interval = test.confidence_interval(0.95)
         ends = np.array([np.ravel(interval.low), np.ravel(interval.high)])
@@ -194,10 +195,10 @@ def ratios(found: Mapping[Any, Threshold], baseline: Threshold) -> dict[Any, Int
 
 
 def trend(levels: Mapping[float, Threshold], trends: int = 1) -> Interval:
-    """The exponent b of I50 ~ level ** b: the least-squares line through the seeds of all levels, in logs.
+    """The exponent b of I50 ~ level ** b, from a least-squares line through the seeds of all levels, in logs.
 
-    The interval is at a confidence of 1 - 0.05 / ``trends`` (Bonferroni), for one of several. NaN where a seed passes
-    one half outside the tested range (to leave it out would bend the trend), and where there are fewer than two levels.
+    The interval has a confidence of 1 - 0.05 / ``trends`` (Bonferroni), for one of ``trends`` trends. NaN if a seed
+    crosses one half outside the tested range (excluding it would bias the trend), or there are fewer than two levels.
     """
     from scipy import stats
 
@@ -215,7 +216,7 @@ def trend(levels: Mapping[float, Threshold], trends: int = 1) -> Interval:
 
 
 def _exponential(logs: Sequence[float]) -> Interval:
-    """Geometric mean and interval of values from their logarithms."""
+    """The geometric mean and interval of values, given their logarithms."""
     found = mean_interval(logs)
     return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.count)
 
@@ -229,16 +230,16 @@ def by_value(rows: Sequence[Row], x: str = "instructions") -> dict[float, list[f
 
 
 def mean_of(rows: Sequence[Row]) -> float:
-    """Mean exact match; NaN of no rows."""
+    """Mean exact match; NaN without rows."""
     return float(np.mean([row["exact_match"] for row in rows])) if rows else math.nan
 
 
 def residual(x: Sequence[float], exact_match: Sequence[float], seeds: Sequence[int]) -> float:
-    """How far members are from ONE curve that rises with x: the root mean square error of the members of each seed
-    against the best such curve through the members of the other seeds, linear in log(1 + x) between them.
+    """How far members are from ONE curve that increases with x: the root mean square error of each seed's members
+    against the best such curve fitted to the other seeds, interpolated linearly in log(1 + x).
 
-    Left out, a seed cannot bend the curve to itself; so an x with many different values has no advantage. NaN where
-    there is one seed only.
+    Leaving a seed out keeps it from fitting the curve to itself, so an x with many different values has no advantage.
+    NaN if there is only one seed.
     """
     from scipy.optimize import isotonic_regression
 
@@ -248,7 +249,7 @@ def residual(x: Sequence[float], exact_match: Sequence[float], seeds: Sequence[i
     errors = np.zeros(len(match))
     for left_out in set(seeds):
         fitted, there = seed != left_out, seed == left_out
-        knots, knot_of = np.unique(place[fitted], return_inverse=True)  # members at one x share a point of the curve
+        knots, knot_of = np.unique(place[fitted], return_inverse=True)  # members with the same x share a knot
         weights = np.bincount(knot_of)
         curve = isotonic_regression(np.bincount(knot_of, match[fitted]) / weights, weights=weights).x
         errors[there] = match[there] - np.interp(place[there], knots, curve)
@@ -256,17 +257,17 @@ def residual(x: Sequence[float], exact_match: Sequence[float], seeds: Sequence[i
 
 
 def onset(metrics: Sequence[Row]) -> int | None:
-    """The step at which a member's exact match on ``unseen_dev`` first passes one half; None where it never does.
+    """The step at which a member's exact match on ``unseen_dev`` first exceeds one half; None if it never does.
 
-    ``metrics`` are the member's rows of metrics.csv, in order: the step is as fine as its reports.
+    ``metrics`` are the member's rows of metrics.csv, in order; the resolution is that of its reports.
     """
     return next((row["step"] for row in metrics if row["unseen_dev_exact_match"] > 0.5), None)
 
 
 def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) -> tuple[float, float, float] | None:
-    """Overlay only: (center, width in log I, top) of ``top / (1 + exp(-(log I - log center) / width))``.
+    """For the overlay only: (center, width in log I, top) of ``top / (1 + exp(-(log I - log center) / width))``.
 
-    None where there are fewer than four values of I, or no fit is found.
+    None if there are fewer than four values of I, or no fit is found.
     """
     from scipy.optimize import curve_fit
 
@@ -288,11 +289,11 @@ def logistic_fit(instructions: Sequence[float], exact_match: Sequence[float]) ->
 def instruction_step_claims(
     results: Sequence[Row], low: float = 0.1, high: float = 0.95, slice: str = "has_op"
 ) -> list[Claim]:
-    """The claims of figure 2a, without the papers' place of the step (which belongs to their recipe).
+    """The claims of figure 2a, except for the location of the step, which depends on the papers' recipe.
 
-    Few instructions: never followed on unseen rules, though the trained ones are; many instructions: always; between
-    them, a step. Claims are about means over seeds. ``slice``: of the tests that are counted; by default that of string
-    rewriting, of which the papers are.
+    With few instructions, models never follow unseen rules, though they follow the trained ones; with many, they always
+    do; in between there is a step. Claims are about means over seeds. ``slice``: the slice of tests to count; by
+    default that of string rewriting, the papers' task.
     """
     unseen, seen = (by_value(select(results, split, slice)) for split in ("unseen", "seen"))
     both = sorted(unseen.keys() & seen.keys())

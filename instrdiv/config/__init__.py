@@ -1,1 +1,1 @@
-"""What a run is: settings, members, sweeps, groups, presets, and its layout on the machine."""
+"""Run configuration: settings, members, sweeps, groups, presets, and the device layout."""

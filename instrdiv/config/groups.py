@@ -1,4 +1,4 @@
-"""Groups: members that share one compiled program, since all their static fields are equal."""
+"""Groups: members that share one compiled program because all their static fields are equal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Group:
     """Members that share one compiled program.
 
     Attributes:
-      name: in tables and among the checkpoints.
-      config: their static fields, see ``TaskSetting.static``.
-      shape: in which the examples of all of them fit.
-      members: in the order of the rows of its arrays.
-      attention: how it is computed, one of ``layout.ATTENTION``.
+      name: used in tables and for checkpoints.
+      config: the static fields that they share; see ``TaskSetting.static``.
+      shape: large enough for the examples of all members.
+      members: in the row order of the group's arrays.
+      attention: how attention is computed, one of ``layout.ATTENTION``.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Group:
 
     @property
     def task(self) -> type[TaskSetting]:
-        """Whose static methods make, spell and judge examples."""
+        """The class whose static methods make, tokenize and classify examples."""
         return type(self.config)
 
 
 def make_groups(members: Sequence[Member], first: int = 0, attention: str | None = None) -> list[Group]:
-    """Members by their static fields, in order of first appearance; named g0, g1, … or from ``first`` on."""
+    """Groups members by their static fields, in order of first appearance; names are g0, g1, …, from ``first`` on."""
     by_config: dict[TaskSetting, list[Member]] = {}
     for member in members:
         by_config.setdefault(member.setting.static, []).append(member)

@@ -1,4 +1,4 @@
-"""How a run is laid out on the machine: as it was asked for, and as it is, with every choice made."""
+"""The device layout of a run: as requested (``Options``), and with every choice made (``Layout``)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from instrdiv.config.groups import make_groups
 from instrdiv.config.settings import Member, TaskSetting
 from instrdiv.runtime.errors import BadInput
 
-#: How attention is computed: written out, or by cuDNN in one kernel (bfloat16 on an NVIDIA GPU).
+#: How attention is computed: by separate operations, or in one cuDNN kernel (bfloat16 on an NVIDIA GPU).
 ATTENTION = ("plain", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run is laid out; what ``config.json`` says of each cohort. See ``Options`` for the attributes."""
+    """A complete layout, as ``config.json`` records it for each cohort. See ``Options`` for the attributes."""
 
     devices: int
     data_parallel: int
@@ -27,22 +27,22 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Sets of devices that train different members."""
+        """Number of device sets, each of which trains different members."""
         return self.devices // self.data_parallel
 
     def check(self, members: Sequence[Member]) -> None:
-        """Raises BadInput where this machine cannot be laid out so."""
+        """Raises BadInput if this layout is not possible on this machine."""
         Options(**dataclasses.asdict(self)).resolve(members)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is to be laid out. None means: choose, and write the choice to config.json.
+    """The requested layout of a run. None: chosen automatically; the choice is written to config.json.
 
     Attributes:
-      devices: how many devices are used.
-      data_parallel: devices that share one member's batch; divides ``devices``.
-      members_per_vmap: members vectorized together, a *block*; the others follow one after another.
+      devices: number of devices to use.
+      data_parallel: devices that share one member's batch; must divide ``devices``.
+      members_per_vmap: members vectorized together, a *block*; blocks run one after another.
       attention: how attention is computed, one of ``ATTENTION``; by default plain.
     """
 
@@ -53,17 +53,17 @@ class Options:
 
     @property
     def leaves_block_to_probe(self) -> bool:
-        """Whether a run measures which block is fastest (see ``probing.choose_block``): nobody named one, and it is
-        not known. On CPU one member at a time is; there, what a run computes must not hang on a clock, either.
+        """Whether a run measures which block size is fastest (see ``probing.choose_block``): none was requested, and
+        the answer is not known. On CPU it is one member at a time; results there must not depend on timing, either.
         """
         return self.members_per_vmap is None and jax.default_backend() != "cpu"
 
     def resolve(self, members: Sequence[Member]) -> Layout:
-        """The choices made: all devices that the largest group can keep busy; on CPU one member at a time.
+        """Makes the choices: all devices that the largest group can keep busy; on CPU, one member at a time.
 
-        Elsewhere a block that is not named is a guess, for plans; a run measures it.
+        Elsewhere, a block size that was not requested is a guess, used by plans; a run measures it.
 
-        Raises BadInput where what was asked for does not fit.
+        Raises BadInput if the request cannot be met.
         """
         for name in ("devices", "data_parallel", "members_per_vmap"):
             value = getattr(self, name)
@@ -86,8 +86,8 @@ class Options:
         rows = (self.devices or available) // self.data_parallel
         per_vmap = self.members_per_vmap
         if per_vmap is None:
-            # On CPU one member already fills a core. Elsewhere small members leave the device idle: blocks of at most
-            # eight are a guess, of equal size so that few members are idle.
+            # On CPU, one member already keeps a core busy. Elsewhere, small members underuse the device: guess blocks
+            # of at most eight, of equal size so that few slots stay empty.
             most = 1 if jax.default_backend() == "cpu" else 8
             blocks = math.ceil(largest / (rows * most))
             per_vmap = math.ceil(largest / (rows * blocks))
@@ -99,13 +99,13 @@ class Options:
         if self.attention not in ATTENTION:
             raise BadInput(f"--attention={self.attention}: must be one of {', '.join(ATTENTION)}")
         if jax.default_backend() != "gpu":
-            raise BadInput(f"--attention={self.attention}: needs an NVIDIA GPU; here is {jax.default_backend()}")
+            raise BadInput(f"--attention={self.attention}: needs an NVIDIA GPU; the backend is {jax.default_backend()}")
         for setting in settings:
             if setting.precision != "bfloat16":
                 raise BadInput(f"--attention={self.attention}: needs --config.precision=bfloat16")
             if setting.shape.ragged:
-                raise BadInput(f"--attention={self.attention}: needs strings of one length each")
+                raise BadInput(f"--attention={self.attention}: needs prompts of one fixed length")
             size = setting.width // setting.heads
             if size % 8 or size > 128:
-                raise BadInput(f"--attention={self.attention}: needs heads of size 8, 16, … or 128, not {size}; "
-                               "it is --config.width over --config.heads")  # fmt: skip
+                raise BadInput(f"--attention={self.attention}: needs a head size of 8, 16, … or 128, not {size}; "
+                               "it is --config.width divided by --config.heads")  # fmt: skip

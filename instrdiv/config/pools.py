@@ -1,4 +1,4 @@
-"""The instructions of a sweep on the host: one pool per seed and source, shared by the members that can share it."""
+"""Instruction pools of a sweep, on the host: one per seed and source, shared by all members that have both."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from instrdiv.tasks.instructions import take
 
 
 class RulePools:
-    """The pools of all members, each as large as its largest member needs."""
+    """The pools of all members, each large enough for the largest of its members."""
 
     def __init__(self, members: Sequence[Member]):
-        """Makes every pool. Raises BadInput where a source has too few instructions."""
+        """Builds every pool. Raises BadInput if a source has too few instructions."""
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise BadInput("JAX_THREEFRY_PARTITIONABLE=0: examples are defined with JAX's default, 1; unset it")
         needed: dict[Any, int] = {}
@@ -31,9 +31,9 @@ class RulePools:
         return member.seed, member.setting.source
 
     def of(self, member: Member) -> Any:
-        """The rules of one member, in the order of its counts."""
+        """The instructions of one member, in the order of its counts."""
         return self.whole(member)[: member.setting.instructions]
 
     def whole(self, member: Member) -> Any:
-        """The pool that the member's rules are the first of."""
+        """The whole pool, of which the member's instructions are the first ones."""
         return self._pools[self.key(member)]

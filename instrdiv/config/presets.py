@@ -1,4 +1,4 @@
-"""Settings of string rewriting, and their presets: strings, with a model and a training of each of ``sizes.py``."""
+"""Settings and presets of string rewriting: string sizes combined with each of the sizes in ``sizes.py``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["BASES", "DEV_TESTS", "GPU", "LAPTOP", "PAPER", "SETTING_COLUMNS", "S
 
 @dataclasses.dataclass(frozen=True)
 class Setting(Rewriting, TaskSetting):
-    """Everything about a member that learns string rewriting, except its seed. See ``TaskSetting``."""
+    """All settings of a member that learns string rewriting, except its seed. See ``TaskSetting``."""
 
 
-#: Columns of a setting in every table.
+#: Columns that describe a setting in every table.
 SETTING_COLUMNS = Setting.columns()
 
 

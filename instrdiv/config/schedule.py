@@ -1,4 +1,4 @@
-"""Fields of every training, from scratch or of adapters: how the rate changes, and how often a run reports."""
+"""Fields that from-scratch and adapter training share: the learning-rate schedule and the number of reports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from instrdiv.runtime.fields import STATIC, at_least, field, from_zero_to_one, p
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFields:
-    """A base of settings and recipes; see ``training.optimizers.rate_at``."""
+    """A base class of settings and recipes; see ``training.optimizers.rate_at``."""
 
     schedule: str = field(
-        "linear", "decay of the rate to the end of the budget", ("linear", "cosine", "constant"), kind=STATIC
+        "linear", "learning-rate decay until the end of training", ("linear", "cosine", "constant"), kind=STATIC
     )
-    warmup_steps: int = field(0, "steps of linear warm-up", kind=STATIC, bound=at_least(0))
-    final_rate: float = field(0.0, "rate at the end, as a share of the peak", kind=STATIC, bound=at_least(0))
-    adam_b2: float = field(0.999, "decay of Adam's second moment", kind=STATIC, bound=from_zero_to_one)
-    clip: float = field(1.0, "largest global norm of a gradient", kind=STATIC, bound=positive, infinite=True)
+    warmup_steps: int = field(0, "steps of linear warmup", kind=STATIC, bound=at_least(0))
+    final_rate: float = field(0.0, "final learning rate, as a fraction of the peak", kind=STATIC, bound=at_least(0))
+    adam_b2: float = field(0.999, "decay rate of Adam's second moment", kind=STATIC, bound=from_zero_to_one)
+    clip: float = field(1.0, "maximum global gradient norm", kind=STATIC, bound=positive, infinite=True)
     reports: int = field(
-        100, "progress reports per run, at most; they cut it into equal chunks", kind=STATIC, bound=at_least(1)
+        100, "maximum number of progress reports; they split the run into equal chunks", kind=STATIC, bound=at_least(1)
     )

@@ -1,14 +1,14 @@
-"""Sizes of the presets, for every task: how large a model, how long a training.
+"""Sizes of the presets, for every task: how large the model is and how long it trains.
 
 - ``SMOKE``: everything runs, nothing is learned; half a minute on two CPU cores.
-- ``LAPTOP``: a model small enough that two CPU cores show the phenomenon in three minutes (measured, figure 2a).
+- ``LAPTOP``: a model small enough to show the effect on two CPU cores in three minutes (measured on figure 2a).
 - ``GPU``: the papers' model, with a budget of 25 to 45 minutes on one H200 (extrapolated, not run).
 - ``PAPER``: the papers' full budget (P2, arXiv 2410.04717, section 3.1 and appendix B); a day or two on one H200
   (extrapolated, not run).
 
-What the papers do not say, and we chose: batch size, warm-up, weight decay (0.1 with Muon, 0 with AdamW, as in the
+Our choices, where the papers are silent: batch size, warmup, weight decay (0.1 with Muon, 0 with AdamW, as in the
 Transformers trainer), positions (learned), loss on the answer only, no dropout. The recipe of ``GPU`` (Muon, 1.5
-epochs) is an extrapolation from the laptop world until it is measured.
+epochs) is extrapolated from ``LAPTOP`` and not yet measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAPTOP = TaskSetting(
     layers=3,
     width=64,
     heads=4,
-    mlp_ratio=1,  # half the arithmetic of 4, and the same curve (docs/performance.md)
+    mlp_ratio=1,  # half the compute of 4, and the same curve (docs/performance.md)
     activation="relu",
     norm="rmsnorm",
     biases=False,
@@ -90,5 +90,5 @@ GPU = dataclasses.replace(
     reports=50,
 )
 
-#: Held-out instructions that are tested at every report; those after them are for the final tests.
+#: Number of held-out instructions tested at every report; the final tests use the ones after them.
 DEV_TESTS = {"smoke": 64, "laptop": 256, "gpu": 1024, "paper": 1024}

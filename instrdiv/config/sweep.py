@@ -1,4 +1,4 @@
-"""Sweeps: what a run trains, and how it is tested."""
+"""Sweeps: the members that a run trains, and how they are tested."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from instrdiv.runtime.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a run trains and how it is tested.
+    """The members that a run trains, and how they are tested.
 
     Attributes:
-      figure: name, for tables and titles.
-      members: all settings and seeds.
-      dev_tests: held-out rules (one test each) of ``unseen_dev``, used at every report.
-      tests: held-out rules of ``unseen``, used once; as many tests are made of trained rules (``seen``).
+      figure: name for tables and titles.
+      members: every setting with every seed.
+      dev_tests: number of held-out instructions (one test each) in ``unseen_dev``, tested at every report.
+      tests: number of held-out instructions in ``unseen``, tested once; ``seen`` has as many tests of trained ones.
     """
 
     figure: str
@@ -29,11 +29,11 @@ class Sweep:
     @classmethod
     def grid(cls, base: TaskSetting | None = None, seeds: int = 3, figure: str = "sweep", dev_tests: int = 256,
              tests: int = 2_000, **values: Iterable[Any]) -> Sweep:  # fmt: skip
-        """Every combination of the values given for fields of a setting, with every seed.
+        """Every combination of the given field values, with every seed.
 
-        ``base`` says all other fields, and the task; by default it is ``Setting()``, of string rewriting.
+        ``base`` sets all other fields and the task; by default it is ``Setting()``, string rewriting.
 
-        Raises BadInput for a name that is not a field, or a single value where a list is expected.
+        Raises BadInput for a name that is not a field, or for a single value instead of a list.
 
         >>> len(Sweep.grid(Setting(examples=4096), seeds=3, instructions=[16, 256, 4096]).members)
         9
@@ -42,7 +42,7 @@ class Sweep:
         columns = settings[0].columns()
         for name, choices in values.items():
             if name not in columns:
-                raise BadInput(f"Sweep.grid: {name} is not a field of Setting; those are {', '.join(columns)}")
+                raise BadInput(f"Sweep.grid: {name} is not a field of Setting; the fields are {', '.join(columns)}")
             if isinstance(choices, str) or not isinstance(choices, Iterable):
                 raise BadInput(f"Sweep.grid: {name}={choices!r} must be a list of values, as in {name}=[{choices!r}]")
             choices = list(choices)
@@ -52,15 +52,15 @@ class Sweep:
 
     @property
     def task(self) -> type[TaskSetting]:
-        """The settings' class, which knows the task."""
+        """The class of the settings, which defines the task."""
         return type(self.members[0].setting)
 
     def validate(self) -> None:
-        """Raises BadInput for what cannot be run. Cheap."""
+        """Raises BadInput if the sweep cannot be run. Cheap."""
         if not self.members:
             raise BadInput("a sweep needs at least one member: give at least one setting and one seed")
         if len({type(member.setting) for member in self.members}) > 1:
-            raise BadInput("a sweep has one task: the settings of its members are of one class")
+            raise BadInput("a sweep needs a single task: the settings of all members must be of one class")
         for name in ("dev_tests", "tests"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
@@ -68,7 +68,7 @@ class Sweep:
             setting.validate()
         for member in self.members:
             if not 0 <= member.seed < 2**31:
-                raise BadInput(f"a seed is a whole number from 0 to 2^31 - 1, got {member.seed}")
+                raise BadInput(f"seeds must be whole numbers from 0 to 2^31 - 1, got {member.seed}")
         ids = [member.id for member in self.members]
         if len(set(ids)) < len(ids):
-            raise BadInput("a sweep names the same setting twice: every value of a swept field must be different")
+            raise BadInput("a sweep contains the same setting twice: all values of a swept field must be different")

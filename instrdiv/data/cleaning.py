@@ -1,15 +1,15 @@
-"""What leaves a data set before it is sampled: rows that repeat others, and rows that repeat evaluation prompts.
+"""Cleaning before sampling: drops rows that duplicate other rows, and rows that repeat evaluation prompts.
 
-- *Contamination*: a row that has 13 words in a row in common with an evaluation prompt, in its prompt, its response or
-  a later turn (GPT-3, arXiv 2005.14165, appendix C). A prompt of 8 to 12 words is looked for as a whole (8 is the least
-  that GPT-3 compared). One of fewer says too little to be looked for in longer texts: a row goes only where one of its
-  texts has these very words. Unlike GPT-3 we drop the row, not the words, and ignore no 13 words for being frequent:
-  what matched is told, so that boilerplate can be told from answers.
+- *Contamination*: a row that shares 13 consecutive words with an evaluation prompt, in its prompt, its response or a
+  later turn (GPT-3, arXiv 2005.14165, appendix C). Prompts of 8 to 12 words are matched as a whole (8 is the minimum
+  that GPT-3 compared). Shorter prompts are too unspecific to search for in longer texts: a row is dropped only if one
+  of its texts consists of exactly these words. Unlike GPT-3, we drop the row instead of the words, and do not ignore
+  frequent n-grams: the matched words are reported, so that boilerplate can be distinguished from answers.
 - *Exact duplicates*: rows that are equal except for case, width and white space.
-- *Near duplicates*: rows whose sets of 5-grams of words have a Jaccard similarity of at least ``SIMILARITY`` with a row
-  that is kept. Found exactly, by prefix filtering (Bayardo et al. 2007; Xiao et al. 2008), not by sampling hashes.
+- *Near duplicates*: rows whose sets of word 5-grams have a Jaccard similarity of at least ``SIMILARITY`` with a kept
+  row. The search is exact, by prefix filtering (Bayardo et al. 2007; Xiao et al. 2008), not by sampling hashes.
 
-The first of equal rows stays; sources are compared with each other in the order in which they are named.
+The first of several equal rows is kept; sources are compared with each other in the order in which they are given.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from instrdiv.data.ngrams import Words, normalize, words_of
 from instrdiv.data.schemas import TextRow
 from instrdiv.runtime.tables import Table
 
-#: Words in a row that contaminate, and the fewest of a prompt that is looked for as a whole.
+#: Number of consecutive shared words that count as contamination, and the minimum length of a prompt that is matched
+#: as a whole.
 NGRAM, SHORTEST = 13, 8
-#: Words of the n-grams by which near duplicates are compared, and how similar these are.
+#: Length in words of the n-grams that near duplicates are compared by, and their minimum similarity.
 SHINGLE, SIMILARITY = 5, 0.8
-#: What duplicates are dropped: none, exact ones, or near ones, too.
+#: Which duplicates are dropped: none, exact ones, or exact and near ones.
 DUPLICATES = ("none", "exact", "near")
-#: Why rows go. One is counted under the first that applies.
+#: Reasons for dropping rows. A row is counted under the first that applies.
 REASONS = ("contamination", "exact duplicate", "near duplicate")
-#: Columns of cleaning.csv: of the rows of a source, how many were kept, and how many dropped for a reason; an example.
+#: Columns of cleaning.csv: per source and reason, how many rows were kept and dropped, with an example.
 CLEANING_COLUMNS = ("source", "reason", "kept", "dropped", "example", "example_like", "example_matched")
-#: Columns of dropped.csv: a row that is not used, and what it repeats. ``matched`` is the words that it has in common
-#: with an evaluation prompt, or how similar it is to another row.
+#: Columns of dropped.csv: a dropped row, and what it repeats. ``matched`` is the words that it shares with an
+#: evaluation prompt, or its similarity to another row.
 DROPPED_COLUMNS = ("source", "where", "reason", "like", "matched")
 
-_TEXTS = 10_000  # looked through at a time; bounds the memory
+_TEXTS = 10_000  # processed at a time, to bound the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """Why a row is not used.
+    """A dropped row.
 
     Attributes:
-      row: itself.
+      row: the row itself.
       reason: one of ``REASONS``.
       like: the row, or the evaluation prompt, that it repeats.
-      matched: the words that both have, or how similar they are.
+      matched: the words that both share, or their similarity.
     """
 
     row: TextRow
@@ -63,13 +64,13 @@ def clean(
     duplicates: str = "none",
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, list[TextRow]], list[Dropped]]:
-    """The rows that stay, by source, and those that go, in their order.
+    """The kept rows by source, and the dropped ones, in order.
 
     Args:
       sources: name -> rows.
       evaluation: rows whose prompts must not be trained on.
       duplicates: one of ``DUPLICATES``.
-      say: is told what is being done.
+      say: called with status messages.
     """
     rows = [row for of_source in sources.values() for row in of_source]
     dropped: dict[int, Dropped] = {}
@@ -81,7 +82,7 @@ def clean(
             number = texts[place][0]
             dropped.setdefault(number, Dropped(rows[number], "contamination", evaluation[prompt], words))
     if duplicates != "none":
-        say(f"looking for rows that are equal among {len(rows):,}")
+        say(f"looking for exact duplicates among {len(rows):,} rows")
         rest = [number for number in range(len(rows)) if number not in dropped]
         for place, first in enumerate(exact_duplicates([whole(rows[number]) for number in rest]).tolist()):
             if first >= 0:
@@ -100,7 +101,7 @@ def clean(
 
 
 def cleaning_tables(kept: Mapping[str, Sequence[TextRow]], dropped: Sequence[Dropped]) -> dict[str, Table]:
-    """cleaning.csv and dropped.csv: the rows that stay, by source, and those that go."""
+    """cleaning.csv and dropped.csv: counts of kept and dropped rows per source, and the list of dropped rows."""
     counts = []
     for source, stay in kept.items():
         for reason in REASONS:
@@ -114,7 +115,7 @@ def cleaning_tables(kept: Mapping[str, Sequence[TextRow]], dropped: Sequence[Dro
 
 
 def texts_of(row: TextRow) -> list[str]:
-    """What is said in a row, turn by turn; the system prompt is not looked at."""
+    """The texts of a row, turn by turn, without the system prompt."""
     return [row.prompt, row.response, *(text for turn in row.turns for text in turn)]
 
 
@@ -124,11 +125,11 @@ def whole(row: TextRow) -> str:
 
 
 def contaminated(texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """(number of the text, number of the prompt, words in common) of every text that repeats an evaluation prompt; of
-    several matches, the one that comes first in the text."""
+    """Yields (text index, prompt index, shared words) for every text that repeats an evaluation prompt; of several
+    matches, the first in the text."""
     asked = Words.of(prompts)
     lengths = asked.lengths
-    # What is looked for, by length: the hashes of its n-grams, sorted, and the prompts that they are of.
+    # The n-grams to search for, by length: their sorted hashes, and the prompt that each comes from.
     wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for n in range(SHORTEST, NGRAM + 1):
         grams, places = asked.ngrams(n)
@@ -141,7 +142,7 @@ def contaminated(texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple
     for start in range(0, len(texts), _TEXTS):
         some = texts[start : start + _TEXTS]
         words = Words.of(some)
-        found: dict[int, tuple[int, int, int]] = {}  # text -> (place of the first word, its number of words, prompt)
+        found: dict[int, tuple[int, int, int]] = {}  # text -> (index of the first word, number of words, prompt)
         for n, (hashes, of_prompt) in wanted.items():
             grams, places = words.ngrams(n)
             at = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
@@ -158,7 +159,7 @@ def contaminated(texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple
 
 
 def exact_duplicates(texts: Sequence[str]) -> np.ndarray:
-    """int64 [N]: the first text that equals this one, whatever its case, width and white space; -1 if it is."""
+    """int64 [N]: the first text equal to this one, ignoring case, width and white space; -1 if it is the first."""
     first: dict[str, int] = {}
     earliest = [first.setdefault(normalize(text), number) for number, text in enumerate(texts)]
     return np.array([-1 if one == number else one for number, one in enumerate(earliest)], np.int64)
@@ -167,15 +168,15 @@ def exact_duplicates(texts: Sequence[str]) -> np.ndarray:
 def near_duplicates(
     texts: Sequence[str], least: float = SIMILARITY, say: Callable[[str], None] = lambda line: None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which earlier text each text repeats, and how similar the two are.
+    """Finds, for each text, the earlier text that it nearly duplicates, and their similarity.
 
-    Going through the texts in order, one is kept unless it is similar to one that was kept. So what is dropped is
-    similar to something that stays, and of a chain a ~ b ~ c, whose ends differ, only b goes. Similarity is that of
-    the sets of 5-grams of words (of all words where there are fewer). Texts without words are kept.
+    In order, each text is kept unless it is similar to a text that was kept. Every dropped text is therefore similar to
+    a kept one, and of a chain a ~ b ~ c whose ends differ, only b is dropped. Texts are compared by their sets of word
+    5-grams (of all their words as one n-gram, if there are fewer than 5). Texts without words are kept.
 
     Returns:
-      int64 [N]: the most similar kept text, the earliest of several; -1 if this one is kept.
-      float64 [N]: the Jaccard similarity of the two; 0 if this one is kept.
+      int64 [N]: the most similar kept text, the earliest of several; -1 if the text itself is kept.
+      float64 [N]: their Jaccard similarity; 0 if the text itself is kept.
     """
     sets = _Sets.of_shingles(texts)
     index = _PrefixIndex(sets, least)
@@ -199,11 +200,11 @@ def near_duplicates(
 
 
 class _Sets:
-    """The sets of shingles of N texts, each from the rarest to the most frequent.
+    """The shingle sets of N texts, each sorted from the rarest to the most frequent shingle.
 
     Attributes:
-      members: int64 [S], all sets one after another; a shingle is named by its rank in frequency.
-      starts: int64 [N + 1]: set i has the members ``starts[i]`` to ``starts[i + 1]``.
+      members: int64 [S], all sets concatenated; a shingle is represented by its frequency rank.
+      starts: int64 [N + 1]; set i is ``members[starts[i] : starts[i + 1]]``.
       sizes: int64 [N].
     """
 
@@ -223,7 +224,7 @@ class _Sets:
         distinct, inverse, counts = np.unique(np.concatenate(shingles), return_inverse=True, return_counts=True)
         rank = np.empty(len(distinct), np.int64)
         rank[np.argsort(counts, kind="stable")] = np.arange(len(distinct))
-        # Sorted by text, then by rank; what a text says twice counts once.
+        # Sorted by text, then by rank; repeated shingles of a text count once.
         keys = np.sort(np.concatenate(of_texts) * max(len(distinct), 1) + rank[inverse])
         keys = keys[np.diff(keys, prepend=-1) > 0]
         of_text, members = np.divmod(keys, max(len(distinct), 1))
@@ -233,7 +234,7 @@ class _Sets:
         return self.members[self.starts[number] : self.starts[number + 1]]
 
     def count(self, numbers: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """int64: how many members of each of these sets, none of which is empty, are chosen (bool [shingles])."""
+        """int64: how many members of each of these non-empty sets are in ``chosen`` (bool [shingles])."""
         sizes = self.sizes[numbers]
         begins = np.cumsum(sizes) - sizes
         places = np.repeat(self.starts[numbers] - begins, sizes) + np.arange(sizes.sum())
@@ -241,25 +242,25 @@ class _Sets:
 
 
 class _PrefixIndex:
-    """The sets that are kept, by the members of their prefixes.
+    """An index of the kept sets by the members of their prefixes.
 
-    The prefix of a set is its rarest members: all but so many that two sets which have only the others in common could
-    not be similar. So two similar sets have a member of both prefixes in common, and after the first such member each
-    has enough others left.
+    The prefix of a set is its rarest members, just enough that two sets which share only members outside their prefixes
+    cannot be similar. The prefixes of two similar sets therefore share a member, and from the first such member
+    on, each set has enough members left to reach the overlap that the similarity requires.
     """
 
     def __init__(self, sets: _Sets, least: float):
-        self._sizes, self._share = sets.sizes, least / (1 + least)  # the latter: in common, of the sum of both sizes
+        self._sizes, self._share = sets.sizes, least / (1 + least)  # _share: needed overlap / sum of both sizes
         lengths = sets.sizes - np.ceil(least * sets.sizes - 1e-9).astype(np.int64) + 1
         lengths[sets.sizes == 0] = 0
         in_prefix = np.arange(len(sets.members)) < np.repeat(sets.starts[:-1] + lengths, sets.sizes)
         _, self._members, counts = np.unique(sets.members[in_prefix], return_inverse=True, return_counts=True)
         self._starts = np.cumsum([0, *lengths])
-        # Member m is in the prefixes of the sets _kept[_begins[m] : _ends[m]]; from it on, they have _left members.
+        # Member m is in the prefixes of the sets _kept[_begins[m] : _ends[m]], which have _left members from m on.
         self._begins = np.cumsum([0, *counts])[:-1]
         self._ends = self._begins.copy()
         self._kept, self._left = np.empty((2, len(self._members)), np.int32)
-        self._met = np.full(len(sets.sizes), -1, np.int32)  # the set for which each one was last met
+        self._met = np.full(len(sets.sizes), -1, np.int32)  # the last query for which each set was found
 
     def _prefix(self, number: int) -> np.ndarray:
         return self._members[self._starts[number] : self._starts[number + 1]]
@@ -271,7 +272,7 @@ class _PrefixIndex:
         self._ends[members] += 1
 
     def candidates(self, number: int) -> np.ndarray:
-        """int64, ascending: the kept sets that can be similar to this one, for all that their prefixes tell."""
+        """int64, ascending: the kept sets that can be similar to this one, judging by their prefixes."""
         members, size = self._prefix(number), self._sizes[number]
         found = []
         for place in np.flatnonzero(self._ends[members] > self._begins[members]).tolist():

@@ -1,7 +1,7 @@
-"""Embeddings of texts. Whatever number comes of one depends on the embedder, so embedders say what they are.
+"""Embeddings of texts. All results depend on the embedder, so embedders carry a descriptive name.
 
-An embedder is named by a string: ``hashed``, ``sentence-transformers:DIRECTORY`` (a local model; nothing is fetched),
-or ``MODULE:FUNCTION``, a function of one's own from a list of N texts to an array [N, d].
+An embedder is specified by a string: ``hashed``, ``sentence-transformers:DIRECTORY`` (a local model; nothing is
+downloaded), or ``MODULE:FUNCTION``, a custom function from a list of N texts to an array [N, d].
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from instrdiv.runtime.errors import BadInput, needs
 #: N embeddings of d numbers each, all of length 1: a dense or a sparse float64 [N, d].
 Embeddings: TypeAlias = "np.ndarray | scipy.sparse.csr_matrix"
 
-#: Dimensions of the hashed embedder: half for words, half for letters. So many that collisions hardly matter.
+#: Dimensions of the hashed embedder: half for words, half for letters; enough that collisions hardly matter.
 HASHED = 1 << 20
 
-_TEXTS = 1_000  # hashed at a time; bounds the memory
+_TEXTS = 1_000  # hashed at a time, to bound the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Embedder:
     """How texts become vectors.
 
     Attributes:
-      name: what it is, with its parameters, for people.
-      same: the cosine from which on two texts count as the same instruction, unless another is asked for. A
-        convention: similar texts have cosines of 0.5 under one embedder and 0.9 under another.
+      name: a human-readable description with the parameters.
+      same: default minimum cosine at which two texts count as the same instruction. A convention: similar texts have
+        cosines of 0.5 under one embedder and 0.9 under another.
       embed: N texts -> array or sparse matrix [N, d].
     """
 
@@ -44,7 +44,7 @@ class Embedder:
 
     @classmethod
     def parse(cls, text: str) -> Embedder:
-        """The embedder that a flag names. Raises BadInput where there is none."""
+        """The embedder that a flag specifies. Raises BadInput if there is none."""
         flag = f"--embedder={text}"
         if text == "hashed":
             return cls("hashed n-grams (words, pairs of words, triples of letters)", 0.5, hashed)
@@ -60,31 +60,31 @@ class Embedder:
         return cls(text, 0.7, function)
 
     def __call__(self, texts: Sequence[str]) -> Embeddings:
-        """The embeddings of the texts. Raises BadInput where the embedder gives something else."""
+        """The embeddings of the texts. Raises BadInput if the embedder returns anything else."""
         found: Any = self.embed(texts)
         if not scipy.sparse.issparse(found):
             found = np.asarray(found)
         if found.ndim != 2 or len(texts) != found.shape[0] or found.dtype.kind != "f":
             gave = f"{found.dtype} {list(found.shape)}"
-            raise BadInput(f"--embedder: {self.name} must give floats [{len(texts)}, d], gave {gave}")
+            raise BadInput(f"--embedder: {self.name} must return floats [{len(texts)}, d], got {gave}")
         found = found.astype(np.float64)
         squares = found.multiply(found) if scipy.sparse.issparse(found) else found**2
         lengths = np.sqrt(np.asarray(squares.sum(1))).ravel()
         wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
         if len(wrong):
-            what = "no" if lengths[wrong[0]] == 0 else "an infinite"
-            raise BadInput(f"--embedder: {self.name} gives {what} direction to the text {texts[wrong[0]][:60]!r}")
+            what = "a zero" if lengths[wrong[0]] == 0 else "a non-finite"
+            raise BadInput(f"--embedder: {self.name} returns {what} vector for the text {texts[wrong[0]][:60]!r}")
         if scipy.sparse.issparse(found):
             return (scipy.sparse.diags(1 / lengths) @ found).tocsr()
         return found / lengths[:, None]
 
 
 def hashed(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
-    """Words, pairs of words and triples of letters as directions: sparse float64 [N, HASHED], the same everywhere.
+    """Hashed words, word pairs and letter triples: sparse float64 [N, HASHED], the same on every machine.
 
-    Each n-gram of a normalized text has a column by its hash, and the square root of its count there, so that what is
-    repeated does not drown the rest. Words and pairs make up one half of the length, letters the other. Nothing is
-    fitted to the texts: numbers of one report can be compared with those of another, and boilerplate counts in full.
+    Each n-gram of a normalized text is hashed to a column, whose value is the square root of its count, so that
+    repeated n-grams do not dominate. Words and pairs contribute half of the squared norm, letter triples the rest.
+    Nothing is fitted to the texts, so numbers are comparable between reports, and boilerplate counts in full.
     """
     blocks = []
     for start in range(0, len(texts), _TEXTS):
@@ -99,7 +99,7 @@ def hashed(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
 
 
 def _letter_triples(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of three letters in a row, blanks around a text included: uint64 [G]; and which text they are of."""
+    """Hashes of letter triples, including a space before and after each text: uint64 [G]; and the text of each."""
     padded = [f" {text} " for text in texts]
     codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     of_text = np.repeat(np.arange(len(texts)), [len(text) for text in padded])
@@ -109,7 +109,7 @@ def _letter_triples(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _counts(of_text: np.ndarray, grams: np.ndarray, texts: int) -> scipy.sparse.csr_matrix:
-    """Square roots of the counts of each text's n-grams, over their length: sparse float64 [texts, HASHED / 2]."""
+    """Square roots of each text's n-gram counts, normalized to length 1: sparse float64 [texts, HASHED / 2]."""
     columns = (grams % np.uint64(HASHED // 2)).astype(np.int64)
     counts = scipy.sparse.csr_matrix((np.ones(len(grams)), (of_text, columns)), (texts, HASHED // 2))
     total = np.maximum(np.bincount(of_text, minlength=texts), 1)  # the squared length of the square roots
@@ -118,12 +118,12 @@ def _counts(of_text: np.ndarray, grams: np.ndarray, texts: int) -> scipy.sparse.
 
 def _sentence_transformers(flag: str, directory: str) -> Embedder:
     if not directory or not Path(directory).is_dir():
-        raise BadInput(f"{flag}: {directory or 'an empty name'} is not a directory; download a model, and name its own")
+        raise BadInput(f"{flag}: {directory or 'an empty name'} is not a directory; download a model and pass its path")
     with needs("sentence-transformers", "embed", flag):
         from sentence_transformers import SentenceTransformer
-    try:  # weights as safetensors alone: reading pickled ones can run code
+    try:  # only safetensors weights: unpickling can run code
         model = SentenceTransformer(directory, local_files_only=True, model_kwargs={"use_safetensors": True})
-    except Exception as error:  # which one depends on what is missing, and on two libraries
+    except Exception as error:  # the type depends on what is missing and on two libraries
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{flag}: cannot be loaded: {said}") from None
 

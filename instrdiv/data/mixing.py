@@ -1,4 +1,4 @@
-"""Sources of rows to training sets: cleaned, some rows held out, mixtures of the rest taken, tokenized and packed."""
+"""From sources to training sets: clean, hold out rows, draw mixtures from the rest, tokenize and pack."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.fields import at_least, between, check_fields, field
 from instrdiv.runtime.tables import Table
 
-#: Columns of packing.csv, a row per member and source (or ``all``): how many packed rows the member has, how often it
-#: went through them, and what became of its examples.
+#: Columns of packing.csv, one row per member and source (or ``all``): the member's packed rows and epochs, and counts
+#: of its examples.
 PACKING_COLUMNS = ("member", "seed", "mixture", "packed_rows", "epochs", *REPORT_COLUMNS)
-#: Columns of the lists of rows: held_out.csv and rows/<member>.csv.
+#: Columns of held_out.csv and rows/<member>.csv, which list rows.
 ROW_COLUMNS = ("place", "source", "where")
 
 _TEMPLATES = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
@@ -31,15 +31,15 @@ _TEMPLATES = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
 class MixingSetting:
     """How sources become training sets. The fields are flags, ``--config.<field>``."""
 
-    template: str = field("alpaca", f"how a row becomes text: {_TEMPLATES}")
-    max_length: int = field(768, "tokens of a row, at which examples are cut", bound=at_least(2))
+    template: str = field("alpaca", f"prompt template: {_TEMPLATES}")
+    max_length: int = field(768, "maximum tokens per row; longer examples are truncated", bound=at_least(2))
     epochs: float = field(
-        3.0, "passes of the member with the most packed rows; decides the steps", bound=between(1e-9, 1e6)
+        3.0, "epochs for the member with the most packed rows; sets the number of steps", bound=between(1e-9, 1e6)
     )
-    held_out: int = field(256, "rows of every source that are kept out of all mixtures", bound=at_least(1))
+    held_out: int = field(256, "rows per source that are held out of all mixtures", bound=at_least(1))
     duplicates: str = field(
         "exact",
-        "rows that are dropped: those that equal others, or nearly do, too; or what is held out would be trained on",
+        "which duplicates to drop, so that no held-out row is trained on: exact ones, or near ones too",
         DUPLICATES[1:],
     )
 
@@ -49,14 +49,14 @@ class MixingSetting:
 
 @dataclasses.dataclass(frozen=True)
 class MixedData:
-    """What the members are trained on and tested on.
+    """The training and test data of the members.
 
     Attributes:
       chosen: the rows of every member, by (mixture, seed), in the order of the members.
-      packed, reports: what became of them, likewise.
-      held_out_rows, held_out: of all sources, as rows and packed.
-      kept, dropped: by cleaning.
-      empty: places of rows that ask or answer nothing.
+      packed, reports: the packed rows and the packing report of every member, in the same order.
+      held_out_rows, held_out: the held-out rows of all sources, as rows and packed.
+      kept, dropped: the results of cleaning.
+      empty: locations of skipped empty rows.
     """
 
     chosen: Mapping[tuple[str, int], list[TextRow]]
@@ -69,7 +69,7 @@ class MixedData:
     empty: list[str]
 
     def settings(self) -> list[tuple[dict[str, Any], int]]:
-        """Of every member: its mixture, as columns of the tables, and its seed."""
+        """For every member: its mixture, as table columns, and its seed."""
         found = []
         for label, seed in self.chosen:
             counts = {name: int(count) for name, _, count in (part.rpartition("=") for part in label.split(","))}
@@ -78,15 +78,15 @@ class MixedData:
         return found
 
     def epochs(self, seen: int) -> list[float]:
-        """How often each member goes through its packed rows, if it sees so many."""
+        """Epochs per member, if it sees ``seen`` packed rows."""
         return [seen / len(packed.tokens) for packed in self.packed]
 
     def text(self, seen: int) -> str:
-        """For people: what was dropped, and a line a mixture (its first seed's), if members see so many rows."""
+        """A summary: what was dropped, and one line per mixture (for its first seed), if members see ``seen`` rows."""
         sources = ", ".join(f"{name} {len(rows):,}" for name, rows in self.kept.items())
-        lines = [f"rows that are kept: {sources}; {len(self.dropped):,} dropped"]
+        lines = [f"rows kept: {sources}; {len(self.dropped):,} dropped"]
         if self.empty:
-            lines.append(f"left out, for they ask or answer nothing: {len(self.empty):,}, the first {self.empty[0]}")
+            lines.append(f"Skipped {len(self.empty):,} empty rows (first: {self.empty[0]}).")
         shown = set()
         for (mixture, _), report, epochs in zip(self.chosen, self.reports, self.epochs(seen), strict=True):
             if mixture not in shown:
@@ -94,8 +94,8 @@ class MixedData:
                 of_all = report.table[-1]
                 lines.append(
                     f"{mixture}: {of_all['examples']:,} examples, {of_all['tokens']:,} tokens; {of_all['truncated']:,} "
-                    f"cut at {report.length:,}, {of_all['dropped']:,} dropped with no response left; "
-                    f"{report.rows:,} packed rows, {report.efficiency:.1%} filled, {epochs:.2f} epochs"
+                    f"truncated at {report.length:,}, {of_all['dropped']:,} dropped because no response was left; "
+                    f"{report.rows:,} packed rows, {report.efficiency:.1%} full, {epochs:.2f} epochs"
                 )
         return "\n".join(lines)
 
@@ -103,8 +103,8 @@ class MixedData:
         """cleaning.csv, dropped.csv, packing.csv, held_out.csv and rows/<member>.csv.
 
         Args:
-          members: id and seed of each.
-          seen: packed rows that each saw.
+          members: (id, seed) of each member.
+          seen: number of packed rows that each member saw.
         """
         packing, lists = [], {}
         everyone = zip(members, self.chosen.items(), self.reports, self.epochs(seen), strict=True)
@@ -135,29 +135,29 @@ def mix(
 
     Args:
       sources: name -> rows.
-      mixtures: what is taken of them; each with every seed.
-      seeds: how many; they start at 0.
-      setting: see there; ``epochs`` is not read.
-      tokenizer: of the model.
+      mixtures: the mixtures to draw, each with every seed.
+      seeds: number of seeds, starting at 0.
+      setting: ``epochs`` is not used here.
+      tokenizer: the model's tokenizer.
       evaluation: rows whose prompts must not be trained on.
-      several: examples may share a packed row.
-      empty: places of rows that ask or answer nothing, for the report.
-      say: is told what is being done.
+      several: whether examples may share a packed row.
+      empty: locations of skipped empty rows, for the report.
+      say: called with status messages.
 
-    Raises BadInput, in one line, where that cannot be.
+    Raises BadInput, in one line, if the sources cannot provide this.
     """
     labels = [",".join(f"{name}={count}" for name, count in _counts(m, sources).items()) for m in mixtures]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
-        raise BadInput(f"--mixtures={twice}: is named twice")
+        raise BadInput(f"--mixtures={twice}: is given twice")
     kept, dropped = clean(sources, evaluation, setting.duplicates, say)
     training, held_out = hold_out(kept, setting.held_out)
     for mixture, label in zip(mixtures, labels, strict=True):
         for name, asked in _counts(mixture, sources).items():
             if asked > len(training[name]):
                 raise BadInput(
-                    f"--mixtures={label}: {asked:,} rows are asked of {name}, which has {len(training[name]):,} left "
-                    f"of {len(sources[name]):,}, once cleaned and without the {setting.held_out:,} held out"
+                    f"--mixtures={label}: needs {asked:,} rows from {name}, which has {len(training[name]):,} of "
+                    f"{len(sources[name]):,} left after cleaning and holding out {setting.held_out:,}"
                 )
     template = make_template(setting.template, tokenizer)
     texts = {name: [whole(row) for row in rows] for name, rows in training.items()}
@@ -177,7 +177,7 @@ def mix(
     for name in held_out:
         if name not in held_out_packed.source_names:
             raise BadInput(
-                f"--max_length={setting.max_length}: no response of a held-out row of {name} begins within it"
+                f"--max_length={setting.max_length}: truncates the whole response of every held-out row of {name}"
             )
     return MixedData(
         chosen={key: [training[name][row] for name, row in of_member] for key, of_member in places.items()},
@@ -192,13 +192,15 @@ def mix(
 
 
 def _counts(mixture: Mixture, sources: Mapping[str, Sequence[TextRow]]) -> dict[str, int]:
-    """Rows of each source; BadInput where one is not there, or there are fewer in all."""
+    """Rows of each source. Raises BadInput if a source is missing, or if there are too few rows in total."""
     for name in mixture.shares:
         if name not in sources:
             raise BadInput(f"--mixtures: there is no source {name}; --data has {', '.join(sources)}")
     there = sum(len(sources[name]) for name in mixture.shares)
     if mixture.budget > there:
-        raise BadInput(f"--mixtures: {mixture.budget:,} rows are asked of {', '.join(mixture.shares)}: {there:,} rows")
+        raise BadInput(
+            f"--mixtures: needs {mixture.budget:,} rows from {', '.join(mixture.shares)}, with {there:,} in all"
+        )
     return mixture.counts()
 
 

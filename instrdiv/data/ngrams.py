@@ -1,10 +1,10 @@
-"""Texts as words and n-grams: what duplicates, contamination and the hashed embedder compare.
+"""Texts as words and n-grams, for finding duplicates and contamination and for the hashed embedder.
 
-A word is a run of letters, digits and underscores; case, width and composition of letters do not count (NFKC, case
-folding), nor does what stands between words. Scripts that do not separate words make long ones.
+A word is a run of letters, digits and underscores. Case, width and Unicode composition are normalized away (NFKC, case
+folding), and characters between words are ignored. Scripts that do not separate words give long words.
 
-N-grams are compared by 64-bit hashes of what they say, equal on every machine. That two different ones among ten
-million have equal hashes has a probability of 3e-6.
+N-grams are compared by 64-bit hashes, which are the same on every machine. The probability that any two different
+n-grams among ten million collide is 3e-6.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial hash; odd
 
 
 def normalize(text: str) -> str:
-    """The text without differences of case, width, composition of letters, and white space."""
+    """The text with case, width, Unicode composition and white space normalized."""
     return " ".join(_folded(text).split())
 
 
@@ -41,8 +41,8 @@ class Words:
     """The words of N texts as hashes.
 
     Attributes:
-      hashes: uint64 [W], all words one after another.
-      starts: int64 [N + 1]: text i has the words ``starts[i]`` to ``starts[i + 1]``.
+      hashes: uint64 [W], all words concatenated.
+      starts: int64 [N + 1]; text i has the words ``hashes[starts[i] : starts[i + 1]]``.
     """
 
     hashes: np.ndarray
@@ -60,11 +60,11 @@ class Words:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N]: words of each text."""
+        """int64 [N]: the number of words in each text."""
         return np.diff(self.starts)
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams of all texts in order: their hashes, uint64 [G], and the place of the first word, int64 [G]."""
+        """The n-grams of all texts in order: their hashes, uint64 [G], and the index of the first word, int64 [G]."""
         places = np.arange(len(self.hashes))
         ends = np.repeat(self.starts[1:], self.lengths)
         places = places[places + n <= ends]
@@ -74,7 +74,7 @@ class Words:
         return _mix(grams), places
 
     def text_at(self, places: np.ndarray) -> np.ndarray:
-        """int64: which text these words are of."""
+        """int64: the text that the word at each position belongs to."""
         return np.searchsorted(self.starts, places, side="right") - 1
 
 
@@ -86,7 +86,7 @@ class _HashOfWord(dict[str, int]):
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """The low bits of a product depend on the low bits of its factors alone; this makes all depend on all."""
+    """Mixes all bits: without it, the low bits of a product depend only on the low bits of its factors."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -1,8 +1,8 @@
-"""Rows of text to the arrays that a model is trained on.
+"""Turns rows of text into the arrays that a model is trained on.
 
-A row becomes an ``Example``: its tokens, and which of them the loss is on. Examples are cut at a length and put into
-the rows of ``Packed``, several to a row where they fit; segments keep them from seeing each other, and positions
-restart, so that an example means the same packed or alone. What is cut off or left out is counted in a ``Report``.
+A row becomes an ``Example``: its tokens and a loss mask. Examples are truncated and packed into the rows of ``Packed``,
+several per row if they fit; segments keep them from attending to each other, and positions restart, so packing does not
+change what the model computes for an example. Truncated and dropped examples are counted in a ``Report``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from instrdiv.runtime.errors import BadInput
 
 _TOKENISED_AT_ONCE = 1_000
 
-#: Columns of a report's table: a row per source, and one of all sources, called ``all``.
+#: Columns of a report's table: one row per source, and one for all sources, called ``all``.
 REPORT_COLUMNS = (
     *("source", "examples", "tokens", "response_tokens", "longest", "with_special_tokens"),
     *("truncated", "response_tokens_lost", "dropped"),
@@ -34,9 +34,9 @@ class Example:
 
     Attributes:
       tokens: int32 [n].
-      loss_mask: bool [n]; True where the token is one of a response, or ends it; False at the first.
-      source, where: of the row.
-      has_special_tokens: special tokens are written out in the row's own text, and have become themselves.
+      loss_mask: bool [n]; True for the tokens of a response and the token that ends it; False for the first token.
+      source, where: copied from the row.
+      has_special_tokens: whether the row's text contains special tokens, which are then encoded as such.
     """
 
     tokens: np.ndarray
@@ -52,11 +52,11 @@ class Packed:
 
     Attributes:
       tokens: int32 [N, T].
-      positions: int32 [N, T]; from 0 in every segment, 0 in padding.
+      positions: int32 [N, T]; restart at 0 in every segment, 0 for padding.
       segments: int32 [N, T]; 1, 2, ... for the examples of a row, 0 for padding.
-      loss_mask: bool [N, T]; True where the token is to be predicted, from the place before.
-      sources: int8 [N, T]; place in ``source_names``, -1 for padding.
-      source_names: of the sources, in the order of their first examples.
+      loss_mask: bool [N, T]; True if the token is to be predicted (from the previous position).
+      sources: int8 [N, T]; index into ``source_names``, -1 for padding.
+      source_names: names of the sources, in the order of their first examples.
     """
 
     tokens: np.ndarray
@@ -69,12 +69,12 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the examples.
+    """How the examples were packed.
 
     Attributes:
-      table: rows with ``REPORT_COLUMNS``, numbers of examples and tokens: ``examples`` and ``tokens`` as they are in
-        the packed rows, ``longest`` (tokens) as it was before truncation. An example is ``dropped`` where no token of
-        a response was left; its tokens count as lost.
+      table: rows with ``REPORT_COLUMNS``, counts of examples and tokens: ``examples`` and ``tokens`` count what is in
+        the packed rows, ``longest`` is in tokens before truncation. An example is ``dropped`` if truncation leaves no
+        response token; its response tokens count as lost.
       rows, length: N and T.
     """
 
@@ -84,37 +84,37 @@ class Report:
 
     @property
     def efficiency(self) -> float:
-        """Share of the places that hold a token."""
+        """Share of the positions that hold a token."""
         return self.table[-1]["tokens"] / (self.rows * self.length)
 
     @property
     def text(self) -> str:
-        """For people: a line per source, and what was lost where something was."""
+        """A summary: one line per source, and a second one if something was lost."""
         lines = []
         for row in self.table if len(self.table) > 2 else self.table[-1:]:
             name = "all sources" if row is self.table[-1] else row["source"]
             lines.append(
                 f"{name}: {row['examples']:,} examples, {row['tokens']:,} tokens, {row['response_tokens']:,} of them "
-                f"of responses; the longest example has {row['longest']:,}"
+                f"in responses; longest example: {row['longest']:,} tokens"
             )
             if row["truncated"] or row["dropped"]:
                 lines.append(
-                    f"  cut at {self.length:,} tokens: {row['truncated']:,} examples truncated, {row['dropped']:,} "
-                    f"dropped, {row['response_tokens_lost']:,} tokens of responses lost"
+                    f"  limit of {self.length:,} tokens: {row['truncated']:,} examples truncated, {row['dropped']:,} "
+                    f"dropped, {row['response_tokens_lost']:,} response tokens lost"
                 )
             if row["with_special_tokens"]:
-                lines.append(f"  {row['with_special_tokens']:,} examples have special tokens written out in their text")
-        lines.append(f"{self.rows:,} rows of {self.length:,} tokens, {self.efficiency:.1%} filled")
+                lines.append(f"  {row['with_special_tokens']:,} examples contain special tokens in their text")
+        lines.append(f"{self.rows:,} rows of {self.length:,} tokens, {self.efficiency:.1%} full")
         return "\n".join(lines)
 
 
 def tokenize(rows: Iterable[TextRow], template: Template, tokenizer: Tokenizer) -> Iterator[Example]:
-    """The rows as examples, whole, one after another.
+    """Yields the rows as examples, without truncation.
 
-    Prompt and response are tokenized apart (see tokenizer.py): the tokens that the loss is on are those of the response
-    and of the token that ends it, and the prompt's are those that ``prompt_tokens`` gives.
+    Prompt and response are tokenized separately (see tokenizer.py): the loss covers the tokens of the response and the
+    token that ends it, and the prompt has the tokens that ``prompt_tokens`` returns.
 
-    Raises BadInput, naming the row, where template or tokenizer cannot express it.
+    Raises BadInput, naming the row, if the template or the tokenizer cannot express it.
     """
     rows = iter(rows)
     while batch := list(itertools.islice(rows, _TOKENISED_AT_ONCE)):
@@ -137,27 +137,27 @@ def tokenize(rows: Iterable[TextRow], template: Template, tokenizer: Tokenizer) 
 
 
 def prompt_tokens(rows: Sequence[TextRow], template: Template, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of every row's first prompt: what a model is asked, and what examples of these rows begin with."""
+    """The tokens of every row's first prompt: the model's input at evaluation, and the beginning of its example."""
     texts = [[template.prompt(row)] for row in rows]
     return [ids for (ids,) in _named_where(tokenizer, texts, template.starts, rows)]
 
 
 def pack(examples: Iterable[Example], length: int, pad_id: int, several: bool = True) -> tuple[Packed, Report]:
-    """Puts examples into rows.
+    """Packs examples into rows.
 
-    Longer ones are cut at the end, and left out where no token of a response remains. Of the others, each is in one
-    row, whole. With ``several``, by best fit, the longest first: each goes into the fullest row that has room for it.
-    Rows are in the order of their first examples, and so are the examples within a row. The same examples make the
-    same rows.
+    Examples longer than ``length`` are truncated at the end, and dropped if no response token remains. No example is
+    split across rows. With ``several``, packing is best fit decreasing: the longest first, each into the fullest row
+    with room for it. Rows are sorted by their first example, and examples within a row keep their order. Packing is
+    deterministic.
 
     Args:
-      examples: as ``tokenize`` makes them.
-      length: T, tokens a row.
-      pad_id: the token that fills rows up.
-      several: False for one example a row.
+      examples: as ``tokenize`` yields them.
+      length: T, tokens per row.
+      pad_id: the padding token.
+      several: False for one example per row.
 
     Raises:
-      BadInput: nothing is left, or there are more than 127 sources.
+      BadInput: if no example is left, or there are more than 127 sources.
     """
     names: dict[str, int] = {}
     counts: dict[str, collections.Counter] = {}
@@ -178,9 +178,9 @@ def pack(examples: Iterable[Example], length: int, pad_id: int, several: bool = 
         count["truncated"] += len(example.tokens) > length
         count["with_special_tokens"] += example.has_special_tokens
     if not kept:
-        raise BadInput(f"--max_length={length}: no token of a response is left in any example; make it larger")
+        raise BadInput(f"--max_length={length}: truncation leaves no response token in any example; increase it")
     if len(names) > np.iinfo(np.int8).max:
-        raise BadInput(f"{len(names)} sources are too many: at most {np.iinfo(np.int8).max}")
+        raise BadInput(f"{len(names)} sources are too many; use at most {np.iinfo(np.int8).max}")
     rows = _best_fit([min(len(e.tokens), length) for e in kept], length) if several else [[i] for i in range(len(kept))]
 
     shape = (len(rows), length)
@@ -205,9 +205,9 @@ def pack(examples: Iterable[Example], length: int, pad_id: int, several: bool = 
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Which examples share a row, by best fit decreasing: in order of their first members, each in order."""
+    """Best fit decreasing: the examples of each row, in order; rows are sorted by their first example."""
     rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows with so much room
+    by_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by remaining room
     any_with_room = np.zeros(length + 1, bool)
     for member in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[member]
@@ -225,7 +225,7 @@ def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def _named_where(tokenizer: Tokenizer, texts: list[list[str]], starts: bool, rows: Sequence[TextRow]) -> list:
-    """``encode_pieces``; a mistake names the row."""
+    """Calls ``encode_pieces``; errors name the row."""
     try:
         return tokenizer.encode_pieces(texts, start=not starts)
     except BadInput:

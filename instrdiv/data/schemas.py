@@ -1,4 +1,4 @@
-"""One row of an instruction data set, and the schemas by which published data sets become rows."""
+"""The row type of instruction data sets, and the schemas that convert published data sets to rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TextRow:
     """One example of a data set.
 
     Attributes:
-      instruction: what is asked, the first turn of the user.
+      instruction: the first turn of the user.
       response: the answer to it.
       source: name of the data set.
-      where: its place there, for messages: file and line, or row.
-      input: what the instruction is applied to, where the data set keeps it apart (Alpaca); else empty.
-      system: the system prompt; empty where there is none.
-      turns: further turns, (instruction, response) each.
+      where: its location in the data set, for messages: file and line, or row.
+      input: what the instruction is applied to, if the data set has a separate field for it (Alpaca); else empty.
+      system: the system prompt; empty if there is none.
+      turns: further turns, as (instruction, response).
     """
 
     instruction: str
@@ -35,20 +35,20 @@ class TextRow:
 
     @property
     def prompt(self) -> str:
-        """What is asked for first, in one string: the instruction, an empty line and the input, if there is one."""
+        """The first prompt as one string: the instruction, followed by an empty line and the input if there is one."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """Which fields of a record are which part of a row; empty where there is no such field.
+    """Which field of a record holds which part of a row; empty if there is no such field.
 
     Attributes:
       instruction, response, input, system: fields with strings.
-      rationale: a field with what is said before the response.
-      messages: instead of all of these, a field with a list of ``{"role": ..., "content": ...}``: perhaps ``system``,
-        then ``user`` and ``assistant`` in turn; every one of the assistant's is a response.
-      others: fields by which the data set is recognized, besides.
+      rationale: a field with the reasoning that precedes the response.
+      messages: instead of all of these, a field with a list of ``{"role": ..., "content": ...}``: optional ``system``,
+        then ``user`` and ``assistant`` alternating; every assistant message is a response.
+      others: additional fields by which the data set is recognized.
     """
 
     instruction: str = ""
@@ -66,19 +66,19 @@ class Schema:
         return tuple(name for name in named if name)
 
     def row(self, record: Any, source: str, where: str) -> TextRow:
-        """The row that a record makes.
+        """Converts a record to a row.
 
         Raises:
-          BadInput: a field is missing or has another type.
-          Empty: nothing is asked, or nothing answered.
+          BadInput: if a field is missing or has the wrong type.
+          Empty: if the instruction, the rationale, the response or a message is empty.
         """
         if not isinstance(record, Mapping):
-            raise BadInput(f"{where}: must be an object with the fields {', '.join(self.read)}, is {_kind(record)}")
+            raise BadInput(f"{where}: must be an object with the fields {', '.join(self.read)}, got {_kind(record)}")
         for name in self.read:
             if name not in record:
                 raise BadInput(f"{where}: lacks the field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
             if name != self.messages and not isinstance(record[name], str):
-                raise BadInput(f"{where}: the field {name!r} must be a string, is {_kind(record[name])}")
+                raise BadInput(f"{where}: the field {name!r} must be a string, got {_kind(record[name])}")
         if self.messages:
             return _from_messages(record[self.messages], source, f"{where}: the field {self.messages!r}", where)
         for name in (self.instruction, self.rationale, self.response):
@@ -92,14 +92,14 @@ class Schema:
 
 
 class Empty(BadInput):
-    """A row asks or answers nothing."""
+    """A row with an empty instruction or response."""
 
 
-#: What tables call all sources together.
+#: The name of all sources together in tables.
 ALL = "all"
 
 
-#: Schemas by name, with the fields that their data sets' cards document.
+#: Schemas by name, with the fields documented in the data set cards.
 SCHEMAS = {
     "oss_instruct": Schema("problem", "solution"),  # ise-uiuc/Magicoder-OSS-Instruct-75K
     "alpaca": Schema("instruction", "output", input="input"),  # tatsu-lab/alpaca
@@ -111,22 +111,22 @@ SCHEMAS = {
 }
 
 
-#: The parts that a schema of the user's own can name.
+#: The parts that a custom schema can specify.
 _PARTS = ("instruction", "response", "input", "system", "rationale", "messages")
 
 
 def parse_schema(text: str) -> Schema:
-    """A schema by its name, or of fields that the user names: ``instruction=question,response=answer``.
+    """A schema by its name, or with custom fields: ``instruction=question,response=answer``.
 
-    Raises BadInput, without a flag's name, where it is neither.
+    Raises BadInput if it is neither; the message does not name a flag.
     """
     if text in SCHEMAS:
         return SCHEMAS[text]
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     parts: dict[str, Any] = {part.strip(): name.strip() for part, name in pairs}
-    known = f"schemas are {', '.join(SCHEMAS)}, or fields of your own: instruction=FIELD,response=FIELD"
+    known = f"use one of {', '.join(SCHEMAS)}, or name your fields: instruction=FIELD,response=FIELD"
     if len(parts) < len(pairs) or not parts.keys() <= set(_PARTS) or not all(parts.values()):
-        raise BadInput(f"the schema {text!r} is not known; {known}[,input=…][,system=…][,rationale=…], or messages=…")
+        raise BadInput(f"unknown schema {text!r}; {known}[,input=…][,system=…][,rationale=…], or messages=…")
     if ("messages" in parts) != (len(parts) == 1) or ("messages" not in parts and not {*_PARTS[:2]} <= parts.keys()):
         raise BadInput(f"the schema {text!r} must name both instruction and response, or messages alone")
     return Schema(**parts)
@@ -139,7 +139,7 @@ def _texts(row: TextRow) -> Iterator[str]:
 
 
 def _detect(record: Any, where: str) -> Schema:
-    """The schema whose fields a record has; one with more of them goes before one with fewer."""
+    """The schema whose fields a record has; a schema whose fields are a subset of another match is ignored."""
     found = set(record) if isinstance(record, Mapping) else set()
     fitting = {name: s for name, s in SCHEMAS.items() if {*s.read, *s.others} <= found}
     best = [
@@ -151,40 +151,40 @@ def _detect(record: Any, where: str) -> Schema:
         return SCHEMAS[best[0]]
     fields = f"has the fields {', '.join(map(str, record)) or 'none'}" if found else f"is {_kind(record)}"
     if best:
-        raise BadInput(f"{where}: {fields}, which fit {' and '.join(best)}; name one with --schema")
+        raise BadInput(f"{where}: {fields}, which match {' and '.join(best)}; choose one with --schema")
     known = ", ".join(f"{name} ({', '.join((*s.read, *s.others))})" for name, s in SCHEMAS.items())
-    raise BadInput(f"{where}: {fields}; known schemas are {known}; name fields with --schema=instruction=…,response=…")
+    raise BadInput(f"{where}: {fields}; known schemas: {known}; or pass --schema=instruction=…,response=…")
 
 
 def _from_messages(messages: Any, source: str, field: str, where: str) -> TextRow:
     if not isinstance(messages, list):
-        raise BadInput(f"{field} must be a list of messages, is {_kind(messages)}")
+        raise BadInput(f"{field} must be a list of messages, got {_kind(messages)}")
     said: list[str] = []
     system = ""
     for number, message in enumerate(messages, 1):
         at = f"{field}, message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise BadInput(f"{at} must have 'role' and 'content', is {_kind(message)}")
+            raise BadInput(f"{at} must be an object with 'role' and 'content', got {_kind(message)}")
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
-            raise BadInput(f"{at}: 'content' must be a string, is {_kind(content)}")
+            raise BadInput(f"{at}: 'content' must be a string, got {_kind(content)}")
         if role == "system" and number == 1:
             system = content
             continue
         expected = ("user", "assistant")[len(said) % 2]
         if role != expected:
-            raise BadInput(f"{at} must be of the role {expected!r}, is of {role!r}: they take turns, after 'system'")
+            raise BadInput(f"{at} must have the role {expected!r}, got {role!r}; roles alternate after 'system'")
         if not content.strip():
             raise Empty(f"{at} is empty")
         said.append(content)
     if not said or len(said) % 2:
-        raise BadInput(f"{field} must end with a message of the role 'assistant'")
+        raise BadInput(f"{field} must end with an 'assistant' message")
     (instruction, response), *turns = zip(said[::2], said[1::2], strict=True)
     return TextRow(instruction, response, source, where, system=system, turns=tuple(turns))
 
 
 def _text(raw: bytes, path: Path, line: int) -> str:
-    """The bytes of a file from this line on, as text."""
+    """Decodes the bytes of a file from this line on."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -210,5 +210,5 @@ def _kind(value: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
+    """The first line of an exception's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,11 @@
-"""Data sets as rows of text: files, or the Hugging Face hub, in the schemas that their authors document.
+"""Reads data sets as rows of text, from files or the Hugging Face hub, in the schemas that their authors document.
 
 A location is a ``.jsonl``, ``.json`` or ``.parquet`` file (the first two also with ``.gz``), a directory of such files,
-or ``hub:owner/name[:split]``. Rows are read one after another; only a ``.json`` file is held in memory, as text.
+or ``hub:owner/name[:split]``. Rows are streamed; only a ``.json`` file is held in memory, as text.
 
-What the documented data sets leave open, and we chose: a row of OSS-Instruct asks for the problem alone (Magicoder puts
-``Write a solution to the following coding problem:`` before it); the response of a CoT-Collection row is the rationale,
-``\\n[ANSWER] `` and the target, as its authors' code has it; every node of an UltraInteract tree is a row of its own.
+Our choices where the documentation leaves something open: the prompt of an OSS-Instruct row is the problem alone
+(Magicoder prepends ``Write a solution to the following coding problem:``); the response of a CoT-Collection row is the
+rationale, ``\\n[ANSWER] `` and the target, as in its authors' code; every node of an UltraInteract tree is its own row.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from instrdiv.runtime.errors import BadInput, needs
 def read_rows(
     location: str | Path, schema: str | None = None, name: str | None = None, dropped: list[str] | None = None
 ) -> Iterator[TextRow]:
-    """The rows of a data set, in its order.
+    """Yields the rows of a data set in order.
 
     Args:
-      location: see above.
-      schema: see ``parse_schema``; by default the one that the first record's fields tell.
-      name: of the source; by default that of the file, directory or repository.
-      dropped: rows that ask or answer nothing are left out, and their places are added to this list (28 of Alpaca's
-        have no output); where it is not given, the first of them is an error.
+      location: see the module docstring.
+      schema: see ``parse_schema``; by default it is detected from the fields of the first record.
+      name: name of the source; by default that of the file, directory or repository.
+      dropped: empty rows are skipped, and their locations are appended to this list (28 of Alpaca's rows have no
+        output); if None, the first empty row is an error.
 
     Raises:
-      BadInput: on reading, naming file, line or row, and field.
+      BadInput: while reading; names the file, line or row, and field.
     """
     location = str(location)
     name = name or _default_name(location)
@@ -51,11 +51,11 @@ def read_rows(
             row = chosen.row(record, name, where)
         except Empty as error:
             if dropped is None:
-                raise BadInput(f"{error}; give it a text, or leave such rows out (--drop_empty)") from None
+                raise BadInput(f"{error}; fill it in, or skip such rows with --drop_empty") from None
             dropped.append(where)
             continue
         if any("\ud800" <= character <= "\udfff" for text in _texts(row) for character in text):
-            raise BadInput(f"{where}: half of a character (a lone surrogate, such as \\ud800) is in it; mend the text")
+            raise BadInput(f"{where}: contains half of a character (a lone surrogate, such as \\ud800); fix the text")
         yield row
     if not where:
         raise BadInput(f"{location}: has no rows")
@@ -67,9 +67,9 @@ def read_sources(data: Sequence[str], schema: str | None, empty: list[str] | Non
     Args:
       data: locations, or NAME=LOCATION.
       schema: see ``read_rows``.
-      empty: its ``dropped``.
+      empty: passed to ``read_rows`` as ``dropped``.
 
-    Raises BadInput as ``read_rows``, and for names that two sources have, or that mean all.
+    Raises BadInput like ``read_rows``, and for a source name that is ambiguous or reserved (``all``).
     """
     sources: dict[str, list[TextRow]] = {}
     unnamed: Counter[str] = Counter()
@@ -79,18 +79,18 @@ def read_sources(data: Sequence[str], schema: str | None, empty: list[str] | Non
             raise BadInput(f"--data={part}: must be FILE or NAME=FILE")
         rows = list(read_rows(location if named else part, schema, name if named else None, empty))
         if not rows:
-            raise BadInput(f"--data={part}: has nothing but rows that ask or answer nothing")
+            raise BadInput(f"--data={part}: contains only empty rows")
         source = rows[0].source
         unnamed[source] += not named
         if source == ALL or (unnamed[source] and source in sources):
-            why = "stands for all sources" if source == ALL else "is the name of two files"
-            raise BadInput(f"--data={part}: {source} {why}; name it otherwise, NAME={location if named else part}")
+            why = "is reserved for all sources together" if source == ALL else "is the name of two files"
+            raise BadInput(f"--data={part}: {source} {why}; use another name, NAME={location if named else part}")
         sources.setdefault(source, []).extend(rows)
     return sources
 
 
 def _records(location: str) -> Iterator[tuple[str, Any]]:
-    """(place, record) of everything at a location."""
+    """Yields (where, record) for every record at a location."""
     if location.startswith("hub:"):
         yield from _hub(location)
         return
@@ -100,7 +100,7 @@ def _records(location: str) -> Iterator[tuple[str, Any]]:
         return
     files = sorted(file for file in path.iterdir() if _READERS.get(_suffix(file)) and not file.name.startswith("."))
     if not files:
-        raise BadInput(f"{path}: is a directory without data files; they end in {', '.join(_READERS)}")
+        raise BadInput(f"{path}: is a directory without data files; supported are {', '.join(_READERS)}")
     for file in files:
         yield from _file(file)
 
@@ -108,7 +108,7 @@ def _records(location: str) -> Iterator[tuple[str, Any]]:
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
     reader = _READERS.get(_suffix(path))
     if reader is None:
-        raise BadInput(f"{path}: is of no known kind; data files end in {', '.join(_READERS)}")
+        raise BadInput(f"{path}: unsupported file type; supported are {', '.join(_READERS)}")
     if not path.is_file():
         raise BadInput(f"{path}: there is no such file")
     try:
@@ -120,7 +120,7 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:  # as bytes: a line ends with \n, while text mode knows other ends, which JSON may contain
+    with _open(path) as file:  # as bytes: text mode would also split at other line ends, which JSON may contain
         for number, line in enumerate(file, 1):
             text = _text(line, path, number)
             if not text.strip():
@@ -134,7 +134,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of records, or an object of them (CoT-Collection); else JSON lines, which some call ``.json``."""
+    """A list of records, or an object of records (CoT-Collection); else JSON lines, as in some ``.json`` files."""
     with _open(path) as file:
         text = _text(file.read(), path, 1)
     opening = re.match(r'\s*(\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?=\{))', text)
@@ -142,7 +142,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             json.loads(text.strip().partition("\n")[0] or "{}")
         except json.JSONDecodeError:
-            raise BadInput(f"{path}: is no list of records, no object of them, and no JSON lines") from None
+            raise BadInput(f"{path}: must be a list of records, an object of records, or JSON lines") from None
         yield from _json_lines(path)
         return
     keyed = opening[1] != "["
@@ -173,7 +173,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         at = _skip(text, at + 1)
         if following == close:
             if text[at:]:
-                raise BadInput(f"{path}: is not JSON: something follows the last {close!r}")
+                raise BadInput(f"{path}: is not JSON: extra data after the closing {close!r}")
             return
 
 
@@ -200,8 +200,8 @@ def _hub(location: str) -> Iterator[tuple[str, Any]]:
         import datasets
     try:
         records = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # which one depends on what fails, and on the versions of three libraries
-        hint = "download its files and name those instead, if there is no network"
+    except Exception as error:  # the type depends on the failure and on the versions of three libraries
+        hint = "without network access, download its files and pass those instead"
         raise BadInput(f"{location}: cannot be loaded: {_line(error)}; {hint}") from None
     for number, record in enumerate(records, 1):
         yield f"{location}: row {number}", record
@@ -231,6 +231,6 @@ def _open(path: Path):
 
 
 def _skip(text: str, at: int) -> int:
-    """The next place that is not white space."""
+    """The next position that is not white space."""
     match = _SPACE.match(text, at)
     return match.end() if match else at

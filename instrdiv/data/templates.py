@@ -1,12 +1,12 @@
-"""How a row becomes the text that a model reads: prompt templates.
+"""Prompt templates: turn a row into the text that a model reads.
 
-A template cuts the text into pieces, and says of each whether the loss is on it: on the responses, each with the
-special token that ends it, and on nothing else.
+A template splits the text into pieces and marks those that the loss covers: the responses, each with the special token
+that ends it, and nothing else.
 
-``NAMED`` are formats of the literature. Any other template is a chat template, in Jinja: the checkpoint's own, or that
-of a file. It is rendered as Transformers does it; the prompt of a response is what it renders of the turns before, with
-``add_generation_prompt``. It writes everything, the beginning-of-sequence token included; for a named format the
-tokenizer puts that before the text, as before any text.
+``NAMED`` are formats from the literature. Any other template is a Jinja chat template: the checkpoint's own, or a file.
+It is rendered as in Transformers; the prompt of a response is the rendering of the preceding turns with
+``add_generation_prompt``. A chat template writes everything, including the beginning-of-sequence token; for a named
+format, the tokenizer prepends that token, as to any text.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Piece:
 
 
 class Template(Protocol):
-    """Makes text of rows.
+    """Turns rows into text.
 
     Attributes:
       name: for messages.
-      starts: whether the text has its own beginning-of-sequence token, so that the tokenizer puts none before it.
+      starts: whether the text has its own beginning-of-sequence token, so that the tokenizer must not add one.
     """
 
     name: str
@@ -48,22 +48,22 @@ class Template(Protocol):
     def pieces(self, row: TextRow) -> list[Piece]:
         """The text of a row, from its prompt to the token that ends its last response. Prompt and response alternate.
 
-        Raises BadInput, naming the row, where the template cannot express it.
+        Raises BadInput, naming the row, if the template cannot express it.
         """
 
     def prompt(self, row: TextRow) -> str:
-        """The text up to where the first response begins: what a model is asked."""
+        """The text up to the start of the first response: the model's input at evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A named template, as strings with the places {system}, {instruction}, {input}, {response}, {bos} and {eos}.
+    """A named template, as strings with placeholders {system}, {instruction}, {input}, {response}, {bos} and {eos}.
 
     Attributes:
-      first: the first turn of the user, up to where the response begins.
-      first_with_input: the same of a row with an input; where it is None, the input follows the instruction.
-      later: any further turn of the user, with what stands between the turns.
-      system: what stands at the place {system} where there is a system prompt.
+      first: the first turn of the user, up to the start of the response.
+      first_with_input: the same for a row with an input; if None, the input follows the instruction.
+      later: any further turn of the user, including the separator between turns.
+      system: the text for {system} if there is a system prompt.
       response: a response and the token that ends it.
     """
 
@@ -82,11 +82,11 @@ _MAGICODER = "You are an exceptionally intelligent coding assistant that consist
 _MAGICODER_TURN = "\n\n@@ Instruction\n{system}{instruction}\n\n@@ Response\n"
 _CHATML_TURN = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
 
-#: What they do with system prompts and further turns is ours, except in those meant for chats (chatml, llama2).
+#: Handling of system prompts and further turns is our choice, except in the chat formats (chatml, llama2).
 NAMED = {
-    # The instruction as it is, for data that bring their own format.
+    # The unchanged instruction, for data with its own format.
     "plain": Format("{system}{instruction}", later="{instruction}"),
-    # tatsu-lab/stanford_alpaca, train.py: the response follows the colon at once.
+    # tatsu-lab/stanford_alpaca, train.py: the response directly follows the colon.
     "alpaca": Format(
         first=_ALPACA.replace("{more}", "") + _ALPACA_TURN,
         first_with_input=_ALPACA.replace("{more}", ", paired with an input that provides further context")
@@ -112,15 +112,15 @@ NAMED = {
 
 
 def make_template(which: str, tokenizer: Tokenizer) -> Template:
-    """The template of this name in ``NAMED``, the checkpoint's own (``chat``), or that of a file (Jinja).
+    """The template with this name in ``NAMED``, the checkpoint's own (``chat``), or one from a Jinja file.
 
-    Raises BadInput if there is none, or it needs a special token that the tokenizer lacks.
+    Raises BadInput if there is none, or if it needs a special token that the tokenizer lacks.
     """
     if which in NAMED:
         return _NamedTemplate(which, NAMED[which], tokenizer)
     if which == "chat":
         if tokenizer.chat_template is None:
-            raise BadInput(f"--template=chat: {tokenizer.path} has no chat template; named ones are {', '.join(NAMED)}")
+            raise BadInput(f"--template=chat: {tokenizer.path} has no chat template; use one of {', '.join(NAMED)}")
         return _ChatTemplate(f"the chat template of {tokenizer.path}", tokenizer.chat_template, tokenizer)
     path = Path(which)
     if not path.is_file():
@@ -132,7 +132,7 @@ def make_template(which: str, tokenizer: Tokenizer) -> Template:
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the checkpoint, and the one that this template ends responses with."""
+    """The tokens that end an answer: the checkpoint's end tokens, and the one that ends responses in this template."""
     response = template.pieces(TextRow("a", "b", where="a first trial"))[-1].text
     *_, last = tokenizer.special_pattern.findall(response)
     last_id = tokenizer.token_id(last)
@@ -149,7 +149,7 @@ class _NamedTemplate:
         written = "".join(filter(None, dataclasses.astuple(format)))
         if "{eos}" in written and not self._special["eos"]:
             raise BadInput(
-                f"--template={name}: ends responses with the eos token, which {tokenizer.path} does not name"
+                f"--template={name}: ends responses with the eos token, which {tokenizer.path} does not define"
             )
         for token in ("<|im_start|>", "<|im_end|>"):
             if token in written and not tokenizer.special_pattern.fullmatch(token):
@@ -175,7 +175,7 @@ class _NamedTemplate:
         return Piece(self._filled(self._format.response, response=text), True)
 
     def _filled(self, form: str, **values: str) -> str:
-        return form.format(**{"system": "", **self._special, **values})  # values are not searched for places
+        return form.format(**{"system": "", **self._special, **values})  # values are not searched for placeholders
 
 
 class _ChatTemplate:
@@ -186,7 +186,7 @@ class _ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise BadInput(f"{name}: line {error.lineno}: is no Jinja template: {error.message}") from None
+            raise BadInput(f"{name}: line {error.lineno}: is not a valid Jinja template: {error.message}") from None
 
     def pieces(self, row: TextRow) -> list[Piece]:
         messages, pieces, done = _messages(row), [], ""
@@ -198,14 +198,14 @@ class _ChatTemplate:
             for longer, shorter in ((prompt, done), (text, prompt)):
                 if not longer.startswith(shorter) or longer == shorter:
                     raise BadInput(
-                        f"{row.where}: {self.name} rewrites or leaves out what came before turn {number + 1}, so that "
-                        "there is no telling which text is the response; use another --template"
+                        f"{row.where}: {self.name} changes or omits the text before turn {number + 1}, so the response "
+                        "cannot be located; use another --template"
                     )
             last = max((match.end() for match in self._special.finditer(text, len(prompt))), default=None)
             if last is None or text[last:].strip():
                 raise BadInput(
-                    f"{row.where}: {self.name} ends the response of turn {number + 1} with no special token, so that a "
-                    "model would not learn to stop; let it write {{ eos_token }}"
+                    f"{row.where}: {self.name} does not end the response of turn {number + 1} with a special token, so "
+                    "the model would not learn to stop; add {{ eos_token }} after the response"
                 )
             pieces += [Piece(prompt[len(done) :], False), Piece(text[len(prompt) : last], True)]
             done = text[:last]
@@ -225,11 +225,11 @@ class _ChatTemplate:
                 **self._named,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise BadInput(f"{row.where}: {self.name} cannot render it: {error}") from None
+            raise BadInput(f"{row.where}: {self.name} cannot render this row: {error}") from None
 
 
 def _messages(row: TextRow) -> list[dict[str, str]]:
-    """The turns of a row as chat templates read them."""
+    """The turns of a row as chat messages."""
     said = [("user", row.prompt), ("assistant", row.response)]
     for instruction, response in row.turns:
         said += [("user", instruction), ("assistant", response)]
@@ -239,7 +239,7 @@ def _messages(row: TextRow) -> list[dict[str, str]]:
 
 
 def _environment() -> jinja2.Environment:
-    """As Transformers has it, but without ``strftime_now``: rows must not depend on the day they are made."""
+    """The Jinja environment of Transformers without ``strftime_now``, because rows must not depend on the date."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -249,9 +249,9 @@ def _environment() -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks responses for other trainers; what it encloses is rendered as it is."""
+    """``{% generation %}`` marks responses for other trainers; its content is rendered unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012 (as Jinja has it)
+    tags = {"generation"}  # noqa: RUF012 (Jinja's convention)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

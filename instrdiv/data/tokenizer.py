@@ -1,13 +1,13 @@
-"""Text to tokens and back, by a checkpoint's ``tokenizer.json``.
+"""Encodes and decodes text with a checkpoint's ``tokenizer.json``.
 
-Whole texts get the tokens that Transformers 5 gives them; whether a beginning-of-sequence token (bos) is among them is
-said by the file's post-processor, not by ``add_bos_token`` of older configurations. One exception: a tokenizer of the
-class ``LlamaTokenizer`` is rebuilt by Transformers 5 from its vocabulary, while we follow the file; the two differ in
-how text begins that follows a space at the beginning, or a special token within the string.
+Whole texts get the same tokens as in Transformers 5; whether a beginning-of-sequence token (bos) is added depends on
+the file's post-processor, not on ``add_bos_token`` of older configurations. One exception: Transformers 5 rebuilds
+tokenizers of the class ``LlamaTokenizer`` from their vocabulary, while we follow the file; the two differ in how they
+tokenize the beginning of text that follows a leading space, or a special token within the string.
 
-An example is tokenized in *pieces*, each on its own, so that the tokens of a prompt are those that the model will see
-when it is asked, and no token is half prompt, half response: a tokenizer that would merge over the boundary cannot.
-What a tokenizer puts at the beginning of a text (the ``▁`` of Llama 2) it puts before the first piece only.
+An example is tokenized in separate *pieces*, so that the tokens of a prompt are the same as at evaluation, and no token
+spans prompt and response: the tokenizer cannot merge across the boundary. A prefix that the tokenizer adds to every
+text (the ``▁`` of Llama 2) is added to the first piece only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Tokenizer:
 
     Attributes:
       path: the checkpoint's directory, for messages.
-      named: special tokens by what they are called: ``bos_token``, ``eos_token``, ``pad_token``, ...
-      end_ids: tokens that end an answer: the tokenizer's eos token and those that the checkpoint generates until.
-      chat_template: the checkpoint's own (Jinja), if it has one.
+      named: special tokens by role: ``bos_token``, ``eos_token``, ``pad_token``, ...
+      end_ids: tokens that end an answer: the tokenizer's eos token and those at which the checkpoint stops generating.
+      chat_template: the checkpoint's own chat template (Jinja), if it has one.
     """
 
     path: Path
@@ -43,13 +43,13 @@ class Tokenizer:
     end_ids: tuple[int, ...]
     chat_template: str | None
     _backend: tokenizers.Tokenizer
-    _later: tokenizers.Tokenizer  # the same, but that nothing is put at the beginning of a text
+    _later: tokenizers.Tokenizer  # the same, but adds nothing at the beginning of a text
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Reads ``tokenizer.json`` and, where they are, the configurations beside it.
+        """Reads ``tokenizer.json`` and the configuration files next to it, if any.
 
-        Raises BadInput, naming the file, where it is missing or damaged, or names a token that is not there.
+        Raises BadInput, naming the file, if it is missing or damaged, or names an unknown token.
         """
         path = Path(path)
         backend = _load_backend(path / "tokenizer.json")
@@ -70,28 +70,27 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, added ones included; a model's embedding may have more rows."""
+        """Number of tokens, including added ones; a model's embedding may have more rows."""
         return self._backend.get_vocab_size()
 
     @property
     def pad_id(self) -> int:
-        """What fills up rows, seen by nothing: the pad token, else an end token, else 0."""
+        """The id used for padding, which is masked: the pad token, else an end token, else 0."""
         pad = self.token_id(self.named.get("pad_token", ""))
         return pad if pad is not None else self.end_ids[0] if self.end_ids else 0
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token that is written like this; None if there is none."""
+        """The id of this token; None if there is none."""
         return self._backend.token_to_id(token)
 
     def token(self, id: int) -> str:
-        """How the vocabulary writes a token."""
+        """The token as written in the vocabulary."""
         return self._backend.id_to_token(id) or f"<{id}>"
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """The tokens of a whole text, with what the tokenizer puts around every text unless ``special_tokens`` is off.
+        """The tokens of a whole text; ``special_tokens`` adds those that the tokenizer puts around every text.
 
-        Special tokens that are written out in the text become themselves. Raises BadInput for a text that the
-        tokenizer has no tokens for.
+        Special tokens in the text itself are encoded as such. Raises BadInput if the tokenizer cannot encode the text.
         """
         return _encode(self._backend, [text], special_tokens)[0].ids
 
@@ -99,8 +98,8 @@ class Tokenizer:
         """The tokens of every piece of every text.
 
         Args:
-          texts: each of one piece or more, the first not empty; put together, they are the text.
-          start: whether the first piece begins with what the tokenizer puts before every text, such as a bos token.
+          texts: each a list of one or more pieces that concatenate to the text; the first must not be empty.
+          start: whether to add what the tokenizer puts before every text, such as a bos token.
         """
         first = _encode(self._backend, [pieces[0] for pieces in texts], special_tokens=start)
         rest = iter(self._continue([piece for pieces in texts for piece in pieces[1:]]))
@@ -112,14 +111,14 @@ class Tokenizer:
 
         Args:
           ids: the tokens.
-          start: False where they continue a text: then a space that they begin with is kept.
-          skip_special: leave special tokens out.
+          start: False if they continue a text, so that a leading space is kept.
+          skip_special: whether to omit special tokens.
         """
         return (self._backend if start else self._later).decode(list(ids), skip_special_tokens=skip_special)
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Finds special tokens in a text."""
+        """Matches special tokens in a text."""
         return _any_of(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
 
     @functools.cached_property
@@ -127,7 +126,7 @@ class Tokenizer:
         return _any_of(token.content for token in self._backend.get_added_tokens_decoder().values())
 
     def _continue(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts that continue others. Behind their first special token, all is as the file has it."""
+        """The tokens of texts that continue others. From the first added token on, the unmodified tokenizer is used."""
         found = [self._added_pattern.search(text) for text in texts]
         cut = [match.start() if match else len(text) for match, text in zip(found, texts, strict=True)]
         heads = _encode(self._later, [text[:at] for text, at in zip(texts, cut, strict=True)], special_tokens=False)
@@ -136,13 +135,13 @@ class Tokenizer:
 
 
 def character_tokenizer(alphabet: str, specials: Sequence[str]) -> tokenizers.Tokenizer:
-    """A tokenizer with one token a character, after the special tokens; others are an error.
+    """A tokenizer with one token per character; characters outside the alphabet are an error.
 
     Args:
-      alphabet: characters, all different.
-      specials: such as ``("<pad>", "</s>")``, their ids from 0 on.
+      alphabet: distinct characters, whose ids follow those of the special tokens.
+      specials: such as ``("<pad>", "</s>")``, with ids from 0.
     """
-    with needs("tokenizers", "finetune", "a tokenizer of characters"):
+    with needs("tokenizers", "finetune", "a character tokenizer"):
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: id for id, token in enumerate([*specials, *alphabet])}
@@ -159,8 +158,8 @@ def write_tokenizer(path: Path, tokenizer: tokenizers.Tokenizer, **named: str) -
 
     Args:
       path: the checkpoint's directory.
-      tokenizer: what is written.
-      named: special tokens by what they are called, such as ``eos_token="</s>"``.
+      tokenizer: the tokenizer to write.
+      named: special tokens by role, such as ``eos_token="</s>"``.
     """
     tokenizer.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
@@ -173,7 +172,7 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         if (path.parent / "tokenizer.model").is_file():
             convert = f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
-            raise BadInput(f"{path}: there is none, only a tokenizer.model; convert it with Transformers: {convert}")
+            raise BadInput(f"{path}: not found, only a tokenizer.model; convert it with Transformers: {convert}")
         raise BadInput(f"{path}: there is no such file")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -185,7 +184,7 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _later(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer without the space that it puts before every text, and without taking one away when it decodes."""
+    """The tokenizer without adding a leading space when encoding, and without stripping one when decoding."""
     from tokenizers import Tokenizer
 
     said = json.loads(backend.to_str())
@@ -213,11 +212,11 @@ def _encode(backend: tokenizers.Tokenizer, texts: list[str], special_tokens: boo
     try:
         return backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
     except Exception as error:  # the library raises nothing narrower
-        raise BadInput(f"the tokenizer has no tokens for a text: {error}") from None
+        raise BadInput(f"the tokenizer cannot encode a text: {error}") from None
 
 
 def _without_end(encoding: tokenizers.Encoding) -> list[int]:
-    """The tokens without those that the tokenizer puts behind a text."""
+    """The tokens without those that the tokenizer adds at the end of a text."""
     return encoding.ids[: max((i for i, added in enumerate(encoding.special_tokens_mask) if not added), default=-1) + 1]
 
 
@@ -229,7 +228,7 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{file}: cannot be read: {error}") from None
     said = config.get("chat_template")
-    if isinstance(said, list):  # several, by name
+    if isinstance(said, list):  # several named templates
         said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}.get("default")
     if said is not None and not isinstance(said, str):
         raise BadInput(f"{path / 'tokenizer_config.json'}: its chat_template must be a string")
@@ -237,13 +236,13 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def _content(value: Any) -> str | None:
-    """A token, which a configuration has as a string or with its properties."""
+    """A token from a configuration, which stores it as a string or an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a file says; nothing where there is none."""
+    """The object in a JSON file; empty if there is no such file."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -256,6 +255,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of these, the longest that fits; nothing where there are none."""
+    """Matches any of these tokens, longest first; if there are none, matches nothing."""
     written = sorted((token for token in tokens if token), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, written)) or r"(?!)")

@@ -1,1 +1,1 @@
-"""How trained models are tested: splits, exact match, decoding, losses, and the rows of the tables."""
+"""Testing trained models: splits, exact match, decoding, losses, and table rows."""

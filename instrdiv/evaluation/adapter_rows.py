@@ -1,4 +1,4 @@
-"""The tables of fine-tuning: their columns, and what their rows say of a member."""
+"""The fine-tuning tables: their columns, and how their rows are made."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from instrdiv.evaluation.rows import tested_row
 from instrdiv.runtime.tables import Row, Table
 from instrdiv.training.recipe import AdapterMember
 
-#: Columns of results.csv where answers are right or wrong, before and after those of the members' settings.
+#: Columns of results.csv when answers are scored, before and after the columns of the members' settings.
 IDENTITY = ("figure", "member", "seed", "step", "examples_seen", "split", "slice", "exact_match", "tests", "status")
 INTERVAL = ("exact_match_low", "exact_match_high")
-#: Columns of base.csv there: what the base does without an adapter.
+#: Columns of base.csv in that case: results of the base without an adapter.
 BASE_COLUMNS = ("split", "slice", "exact_match", "tests")
-#: Columns of samples.csv there: some answers.
+#: Columns of samples.csv in that case: some of the answers.
 ANSWER_COLUMNS = ("figure", "member", "seed", "step", "split", "prompt", "right_answer", "answer", "right")
-#: Answers of a member and split that samples.csv keeps.
+#: Number of answers per member and split in samples.csv.
 ANSWERS_KEPT = 20
 
-#: Columns of results.csv where held-out rows are predicted, before those of the members' settings: ``loss`` is the mean
-#: over the response tokens of a source, in nats; ``less_than_base`` is by how much it is below that of the base.
+#: Columns of results.csv when held-out losses are measured, before the columns of the members' settings: ``loss`` is
+#: the mean over a source's response tokens, in nats; ``less_than_base`` is how much lower it is than the base's.
 LOSS_IDENTITY = (
     *("figure", "member", "seed", "step", "examples_seen", "epochs", "source", "loss", "less_than_base", "tokens"),
     "status",
 )
-#: Columns of base.csv there; ``data`` changes whenever the held-out rows do.
+#: Columns of base.csv in that case; ``data`` changes whenever the held-out rows do.
 BASE_LOSS_COLUMNS = ("source", "loss", "tokens", "data")
 
 
 def with_settings(rows: Sequence[Row], identity: Sequence[str], interval: Sequence[str] = ()) -> Table:
-    """Rows of results.csv as a table: the settings are the columns that they have besides."""
+    """Rows of results.csv as a table; all columns not in ``identity`` or ``interval`` are settings."""
     return Table((*identity, *settings_in(rows, identity, interval), *interval), rows)
 
 
@@ -45,9 +45,9 @@ def settings_in(rows: Sequence[Row], identity: Sequence[str], interval: Sequence
 def score(
     asked: Sequence[TextRow], given: Sequence[str], slices: Mapping[str, Callable[[TextRow], bool]]
 ) -> dict[str, tuple[int, int]]:
-    """slice -> how many answers are right, of how many; slices without tests are left out.
+    """slice -> (number of right answers, number of tests); slices without tests are omitted.
 
-    ``slices``: name -> whether a test is in it; ``all`` has every test.
+    ``slices``: name -> predicate for whether a test belongs to it; the slice ``all``, with every test, is added.
     """
     right = np.array([is_right(text, answer) for text, answer in zip(asked, given, strict=True)])
     found = {"all": (int(right.sum()), len(right))}
@@ -61,7 +61,7 @@ def answer_rows(
     figure: str, member: AdapterMember, step: int, batch_size: int, split: str,
     scores: Mapping[str, tuple[int, int]], status: str,
 ) -> list[Row]:  # fmt: skip
-    """Rows of results.csv about a member and split."""
+    """Rows of results.csv for one member and split."""
     seen = step * batch_size
     who = {"figure": figure, "member": member.id, "seed": member.seed, "step": step, "examples_seen": seen}
     return [
@@ -72,7 +72,7 @@ def answer_rows(
 def sample_rows(
     figure: str, member: str, seed: int, step: int, split: str, asked: Sequence[TextRow], given: Sequence[str]
 ) -> list[Row]:
-    """The first answers, as rows of samples.csv."""
+    """The first ``ANSWERS_KEPT`` answers, as rows of samples.csv."""
     return [
         {"figure": figure, "member": member, "seed": seed, "step": step, "split": split, "prompt": text.instruction,
          "right_answer": text.response, "answer": answer, "right": int(is_right(text, answer))}

@@ -1,4 +1,4 @@
-"""The answers of all members of a population, as text, and whether they are right."""
+"""Decodes the answers of all members of a population as text, and checks whether they are right."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def answers(
     precision: str = "float32",
     at_once: int = 128,
 ) -> list[list[str]]:
-    """What each member answers to its tests, by greedy decoding.
+    """Each member's answers to its tests, by greedy decoding.
 
     Args:
       model: the base, its weights on ``mesh``.
       tokenizer, template: how a test becomes a prompt.
-      tests: of every member, equally many.
-      new_tokens: longest answer, its end token included; what is longer is cut there.
-      mesh: members are spread over its axis ``member``.
-      population: the members' adapters, on ``mesh``; None for the base itself, one member.
-      precision: of activations and cache.
-      at_once: tests of a member that are decoded together.
+      tests: the tests of each member, the same number for all.
+      new_tokens: length of the longest answer, including its end token; longer answers are truncated.
+      mesh: members are sharded over its axis ``member``.
+      population: the members' adapters, on ``mesh``; None for the base itself, as a single member.
+      precision: dtype of activations and cache.
+      at_once: number of tests per member that are decoded together.
 
     Returns:
-      The text of every answer, without what ends it; None is never one.
+      The text of every answer without its end token, never None.
     """
     members, count = len(tests), len(tests[0])
     idle = padded_size(members, mesh, 1) - members
@@ -77,5 +77,5 @@ def answers(
 
 
 def is_right(row: TextRow, answer: str) -> bool:
-    """The whole answer, except for space around it."""
+    """Whether the whole answer matches, ignoring leading and trailing whitespace."""
     return answer.strip() == row.response.strip()

@@ -1,7 +1,7 @@
-"""Greedy decoding with a cache of keys and values, for all members of a group in one compiled program.
+"""Greedy decoding with a key-value cache, for all members of a group in one compiled program.
 
-The prompt is read once; then one token a step, each the most likely one after all before it. Nothing of the right
-answer is read, so a wrong answer can be looked at: see ``Task.classify``.
+The prompt is read once, then the most likely next token is decoded at each step. The model does not see the right
+answer, so wrong answers can be classified by their mistakes: see ``Task.classify``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from instrdiv.tasks.tokens import blank_instruction
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tests of some members of a group, and what their prompts show.
+    """Tests of some members of a group, and the instructions that their prompts show.
 
     Attributes:
-      knobs: how each member's inputs are made, numpy, stacked along M.
-      keys: typed PRNG keys [M]; the input of test i of a member is made of ``Task.test_key(key, i)``.
-      rules: a table per member; one test per rule. Tables may differ in length.
-      shown: the rules that the prompts show, of the same lengths; ``rules`` except in an ablation. Right answers are
-        always those of ``rules``.
-      blanked: the rule is padding in the prompt.
-      relations: ``Task.relation`` of each table to the rules that its member was given, bool [tests, K]; may be left
-        out where no slice is made of it.
+      knobs: sampling settings of each member's inputs, numpy, stacked along M.
+      keys: typed PRNG keys [M]; the input of a member's test i is sampled with ``Task.test_key(key, i)``.
+      rules: one table of instructions per member, one test per instruction. Tables may differ in length.
+      shown: the instructions that the prompts show, tables of the same lengths; equal to ``rules`` except in an
+        ablation. Right answers are always those of ``rules``.
+      blanked: replace the instruction in the prompt by padding.
+      relations: ``Task.relation`` of each table to the instructions its member was trained on, bool [tests, K]; may be
+        omitted if no slice depends on it.
     """
 
     knobs: Any
@@ -48,7 +48,7 @@ class Prompts:
     relations: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
-        """Tests of the member that has most."""
+        """The largest number of tests of any member."""
         return max(map(len, self.rules))
 
 
@@ -57,13 +57,13 @@ class Answers:
     """Answered tests [M, B], as numpy arrays.
 
     Attributes:
-      rules, input: the rule of each test and its input, trees as the task has them.
+      rules, input: the instruction and the input of each test, as the task's trees.
       tokens: the right row, tokens [M, B, T]: prompt, answer, end, padding.
-      asked: the same for the rule that the prompt shows.
+      asked: the same for the instruction that the prompt shows.
       decoded: the member's answer, tokens [M, B, A + 1]: answer, end, padding.
       facts: see ``Example``.
-      index: int32, number of the test; -1 where a member has fewer tests than others.
-      relation: bool [M, B, K], see ``Prompts``; None where it was left out.
+      index: int32, index of the test; -1 where a member has fewer tests than others.
+      relation: bool [M, B, K], see ``Prompts``; None if it was omitted.
     """
 
     rules: Any
@@ -77,25 +77,25 @@ class Answers:
 
     @property
     def right(self) -> Any:
-        """The right answer, as ``decoded``."""
+        """The right answer, in the layout of ``decoded``."""
         return self.tokens[..., -self.decoded.shape[-1] :]
 
     @property
     def differs(self) -> Any:
-        """bool [M, B]: the rule that was shown asks for another answer than the right one."""
+        """bool [M, B]: the instruction that was shown has a different answer than the right one."""
         return (self.right != self.asked[..., -self.decoded.shape[-1] :]).any(-1)
 
 
 class GroupDecoder:
-    """Decodes the answers of members of a group, on tests of any shape that the model can read."""
+    """Decodes the answers of a group's members, on tests of any shape that the model can read."""
 
     def __init__(self, group: Group, shape: Shape, mesh: Mesh, members_per_vmap: int, piece: int):
-        """``shape`` is that of the tests; ``piece`` the number of tests per call of the compiled program, a multiple
+        """``shape`` is the tests' shape; ``piece`` is the number of tests per call of the compiled program, a multiple
         of the mesh's data axis."""
         self.mesh, self.members_per_vmap, self.piece = mesh, members_per_vmap, piece
         data_parallel, task = mesh.shape["data"], group.task
         decoder = make_decoder(dataclasses.replace(group, shape=shape))
-        small = jnp.uint8 if shape.vocabulary <= 256 else jnp.int32  # less to bring to the host
+        small = jnp.uint8 if shape.vocabulary <= 256 else jnp.int32  # less to transfer to the host
 
         def decode(params, knobs, key, rules, shown, index, blanked):
             def make(rule, shown, i):
@@ -118,10 +118,10 @@ class GroupDecoder:
         self.program = over_members("decode", decode, mesh, members_per_vmap, in_specs)
 
     def answers(self, params: Any, prompts: Prompts) -> Iterator[Answers]:
-        """The answers, piece by piece; the next piece is decoded while the caller works on this one.
+        """Yields the answers piece by piece; the next piece is decoded while the caller processes this one.
 
         Args:
-          params: with a leading axis of the members of ``prompts``, on the host, or of these and idle ones, on device.
+          params: stacked over the members of ``prompts``, on the host; or over these and the idle members, on device.
         """
         members = len(prompts.rules)
         rows = np.array([*range(members), *[0] * (padded_size(members, self.mesh, self.members_per_vmap) - members)])
@@ -144,7 +144,7 @@ class GroupDecoder:
 
 
 def _on_host(answers: Answers, prompts: Prompts) -> Answers:
-    """The answers of the members of these prompts, without those of idle ones."""
+    """The answers on the host, without those of idle members."""
     found = jax.tree.map(lambda leaf: leaf[: len(prompts.rules)], jax.device_get(answers))
     if not prompts.relations:
         return found

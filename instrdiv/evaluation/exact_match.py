@@ -1,7 +1,7 @@
-"""Exact match of a group on test rules, sliced by what the examples are.
+"""Exact match of a group on test instructions, by slice.
 
-Test example i of a split has the same rule (except in `seen`) and the same key for every member of a sweep, drawn with
-the member's own knobs. All splits go through one compiled program, in pieces of a fixed number of tests.
+Test example i of a split has the same instruction (except in `seen`) and the same key for every member of a sweep, but
+its input is sampled with the member's own knobs. All splits go through one compiled program, in pieces of fixed size.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from instrdiv.training.population import MemberData
 
 
 def piece_size(dev_tests: int, tests: int, data_parallel: int) -> int:
-    """Tests per call of the compiled evaluation: all of ``unseen_dev`` where that is 128 to 1024; a multiple of the
-    data axis."""
+    """Tests per call of the compiled evaluation, a multiple of the data axis: all of ``unseen_dev`` if that is 128 to
+    1024 tests."""
     size = min(1024, max(dev_tests, min(tests, 128)))
     return -(-size // data_parallel) * data_parallel
 
 
 class Evaluator:
-    """Counts exact matches of a trainer's members, slice by slice."""
+    """Counts exact matches of a trainer's members, per slice."""
 
     def __init__(self, trainer: Trainer, piece: int):
-        """``piece`` is the number of tests per call of the compiled program; a multiple of the mesh's data axis."""
+        """``piece`` is the number of tests per call of the compiled program, a multiple of the mesh's data axis."""
         self.trainer, self.piece = trainer, piece
         group, data_parallel = trainer.group, trainer.mesh.shape["data"]
 
@@ -56,7 +56,7 @@ class Evaluator:
         self.program = over_members("evaluate", evaluate, trainer.mesh, trainer.members_per_vmap, in_specs)
 
     def pieces(self, tests: TestSet) -> Iterator[tuple]:
-        """The tests as device arguments of the program, piece by piece, padded with tests of index -1."""
+        """The tests as on-device arguments of the program, piece by piece, padded with tests of index -1."""
         members, mesh = self.trainer.group.members, self.trainer.mesh
         rows = [*range(len(members)), *[0] * (self.trainer.size - len(members))]
         streams = [stream_of_split(tests.split, members[row].setting.split_seed) for row in rows]
@@ -70,6 +70,6 @@ class Evaluator:
             yield (*put((rules, relations), mesh, P("member", "data")), stream, put(index, mesh, P("data")))
 
     def count(self, pieces: Iterable[tuple]) -> jax.Array:
-        """int32 [M, slices, 2]: right answers and tests of every slice, without waiting for them."""
+        """Number of right answers and of tests per slice, int32 [M, slices, 2]; does not wait for the result."""
         totals = (self.program(self.trainer.data, self.trainer.state.params, *piece) for piece in pieces)
         return functools.reduce(jnp.add, totals)

@@ -1,4 +1,4 @@
-"""How well each member of a population predicts the responses of held-out rows, source by source."""
+"""Held-out losses of a population's members, by source."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from instrdiv.training.recipe import Recipe
 def held_out_losses(
     model: Model, data: Packed, recipe: Recipe, mesh: Mesh, population: Population | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How well every member predicts the responses of held-out rows, token by token, each given all before it.
+    """Each member's mean loss on the response tokens of held-out rows, by source, with teacher forcing.
 
     Args:
       model: the base, its weights on ``mesh``.
-      data: the rows; all members are asked the same.
-      recipe: of the training: its precision is used, and as many rows go through the model at once.
-      mesh: members and rows are spread over it.
+      data: the rows, the same for all members.
+      recipe: the training recipe; its precision, attention and microbatch size are used.
+      mesh: members and rows are sharded over it.
       population: the adapters of M members, on ``mesh``; None for the base itself, M = 1.
 
     Returns:
-      float64 [M, sources]: mean loss of a response token of each of ``data.source_names``, in nats.
-      int64 [sources]: how many tokens these are; they are the same for all members.
+      float64 [M, sources]: mean loss per response token for each of ``data.source_names``, in nats.
+      int64 [sources]: number of these tokens, the same for all members.
     """
     by_row = NamedSharding(mesh, P(("member", "data")))
     at_once, several = recipe.batch_size // recipe.parts, mesh.shape["data"]
@@ -45,13 +45,13 @@ def held_out_losses(
         rows = np.arange(first, first + at_once)
         there = rows < count
         fields = {name: getattr(data, name)[np.minimum(rows, count - 1)] for name in Batch.__dataclass_fields__}
-        fields["segments"] = fields["segments"] * there[:, None]  # what fills the last batch up is padding
+        fields["segments"] = fields["segments"] * there[:, None]  # rows that fill up the last batch are padding
         fields["loss_mask"] = fields["loss_mask"] & there[:, None]
         batch = Batch(**{name: jax.device_put(np.tile(part, (size, 1)), by_row) for name, part in fields.items()})
         losses, counts = _losses(model, recipe, population.adapters, batch, len(data.source_names), piece)
         sums += np.asarray(losses, np.float64)
         tokens += np.asarray(counts)[0]
-    with np.errstate(invalid="ignore"):  # a source of which nothing is left has no mean
+    with np.errstate(invalid="ignore"):  # a source with no response tokens has no mean
         return (sums / tokens)[: population.members], tokens
 
 

@@ -1,4 +1,4 @@
-"""Rows of results.csv, errors.csv and samples.csv: their columns, how they are made, and how they are chosen."""
+"""Rows of results.csv, errors.csv and samples.csv: their columns, and how they are made and selected."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from instrdiv.evaluation.statistics import exact_interval
 from instrdiv.runtime.tables import Row
 from instrdiv.tasks.task import Task
 
-#: Columns of results.csv before and after those of the settings: what was tested, and what follows.
+#: Columns of results.csv before and after the settings: what was tested with its result, and derived values.
 IDENTITY = (
     *("figure", "group", "member", "seed", "step", "examples_seen", "split", "slice", "exact_match", "tests", "status"),
 )
 DERIVED = ("examples_per_rule", "exact_match_low", "exact_match_high")
-#: Columns of errors.csv: how many wrong answers of a member, split and slice are of each class of ``Task.mistakes``.
+#: Columns of errors.csv: number of wrong answers by member, split, slice and class of ``Task.mistakes``.
 ERROR_COLUMNS = ("figure", "group", "member", "seed", "step", "split", "slice", "error", "count", "tests")
 
 
@@ -25,23 +25,23 @@ def result_columns(task: type[TaskSetting]) -> tuple[str, ...]:
 
 
 def sample_columns(task: type[Task]) -> tuple[str, ...]:
-    """Columns of samples.csv: some decoded answers; ``error`` is empty where the answer is right."""
+    """Columns of samples.csv: some decoded answers; ``error`` is empty if the answer is right."""
     identity = ("figure", "group", "member", "seed", "step", "split", "slice")
     return (*identity, *task.parts, "answer", "decoded", "error")
 
 
 def setting_names(row: Row) -> tuple[str, ...]:
-    """Of a row of results.csv or of a setting, the columns that are settings, in order."""
+    """The columns that are settings, in order, of a row of results.csv or of a setting."""
     return tuple(name for name in row if name not in IDENTITY and name not in DERIVED)
 
 
 def status_of(diverged_at: int) -> str:
-    """What tables say of a member that was frozen at a step, or (-1) was not."""
+    """The status column of a member that was frozen at this step, or never (-1)."""
     return "ok" if diverged_at < 0 else f"diverged at step {int(diverged_at)}"
 
 
 def at_the_end(rows: Sequence[Row]) -> list[Row]:
-    """The rows about each member's last step: an evaluation may have added others."""
+    """The rows of each member's last step: an evaluation may have added rows for earlier ones."""
     last: dict[str, int] = {}
     for row in rows:
         last[row["member"]] = max(row["step"], last.get(row["member"], 0))
@@ -49,10 +49,10 @@ def at_the_end(rows: Sequence[Row]) -> list[Row]:
 
 
 def varying(rows: Sequence[Row], names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The settings that differ among the rows (of results.csv, or of settings), in the order of the columns.
+    """The settings that differ among the rows (of results.csv, or of settings), in column order.
 
-    One that always equals an earlier one is left out: a length that was left open follows another. ``names``: of the
-    settings, by default all that the rows have.
+    A setting that always equals an earlier one is omitted, such as a length that defaults to another length. ``names``
+    are the settings to consider, by default all of them.
     """
     found: dict[tuple, str] = {}
     for name in (setting_names(rows[0]) if rows else ()) if names is None else names:
@@ -63,7 +63,7 @@ def varying(rows: Sequence[Row], names: Sequence[str] | None = None) -> tuple[st
 
 
 def identity(figure: str, group: Group, member: Member, step: int) -> Row:
-    """The cells that every row about a member begins with."""
+    """The leading cells of every row about a member."""
     return {
         "figure": figure,
         "group": group.name,
@@ -75,9 +75,9 @@ def identity(figure: str, group: Group, member: Member, step: int) -> Row:
 
 
 def tested_row(who: Row, setting: Row, split: str, slice: str, right: int, tests: int, status: str) -> Row:
-    """A member's tests of one split and slice, ``right`` of them, with the exact binomial interval of 95 %.
+    """A member's result on one split and slice: ``right`` of ``tests``, with the exact 95% binomial interval.
 
-    ``who`` and ``setting`` are the cells that say which member it is.
+    ``who`` and ``setting`` are the cells that identify the member.
     """
     low, high = exact_interval(right, tests)
     found = {"split": split, "slice": slice, "exact_match": right / tests, "tests": tests, "status": status}

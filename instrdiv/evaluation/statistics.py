@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its interval, of 95 % unless said otherwise; the ends are NaN where there is only one value."""
+    """A mean and its interval, 95% unless noted otherwise; the ends are NaN if there is only one value."""
 
     mean: float
     low: float
@@ -19,7 +19,7 @@ class Interval:
     count: int
 
     def text(self, form: str = ".2f") -> str:
-        """Such as ``0.98 (0.91 to 1.05)``."""
+        """Text such as ``0.98 (0.91 to 1.05)``."""
         if math.isnan(self.mean):
             return "none"
         ends = "" if math.isnan(self.low) else f" ({self.low:{form}} to {self.high:{form}})"
@@ -41,7 +41,7 @@ def exact_interval(successes: int, tests: int, confidence: float = 0.95) -> tupl
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and t-interval over seeds; ``NOTHING`` of no values."""
+    """Mean and t-interval over seeds; ``NOTHING`` if there are no values."""
     from scipy import stats
 
     if not len(values):

@@ -1,4 +1,4 @@
-"""Decoded answers counted: by slice and by class of mistake, with some of them as samples."""
+"""Counts decoded answers by slice and class of mistake, and keeps some of them as samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from instrdiv.training.population import stack_knobs
 
 
 def split_prompts(sweep: Sweep, group: Group, pools: RulePools, split: str) -> Prompts:
-    """The tests of a split, as ``make_test_set`` makes them, to be decoded."""
+    """The tests of a split (see ``make_test_set``) as prompts to decode."""
     tests = make_test_set(split, group.members, pools, sweep.dev_tests, sweep.tests)
     streams = jnp.array([stream_of_split(split, m.setting.split_seed) for m in group.members], jnp.uint32)
     keys = jax.vmap(lambda stream: stream_key(TEST_STREAM, stream))(streams)
@@ -37,10 +37,10 @@ def split_prompts(sweep: Sweep, group: Group, pools: RulePools, split: str) -> P
 def decode_split(
     sweep: Sweep, trainer: Trainer, pools: RulePools, split: str, piece: int, samples: int = 8
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of errors.csv and samples.csv for the headline's tests of a split, of every member in training.
+    """Rows of errors.csv and samples.csv for a split's tests in the headline slice, for all members in training.
 
     The tests are those of ``make_test_set``. ``piece`` is the number of tests per call of the program, a multiple
-    of the mesh's data axis; ``samples`` the number of answers to return per member.
+    of the mesh's data axis; ``samples`` is the number of answers to return per member.
     """
     group, headline = trainer.group, trainer.group.task.headline
     prompts = split_prompts(sweep, group, pools, split)
@@ -59,11 +59,11 @@ def decode_split(
 def tally(
     answers: Iterable[Answers], condition: Condition, samples: int, group: Group
 ) -> tuple[np.ndarray, dict[tuple[int, int], list[Row]]]:
-    """Counts answers by slice and mistake, piece by piece.
+    """Counts answers by slice and class of mistake, piece by piece.
 
     Returns:
-      int [M, slices, 2 + mistakes]: tests, right answers, wrong ones of each class; and (member, slice) -> the first
-      ``samples`` answers: the parts of the prompt, and ``asked, answer, decoded, error``.
+      int [M, slices, 2 + mistakes]: tests, right answers, wrong answers of each class.
+      (member, slice) -> the first ``samples`` answers: the parts of the prompt, and ``asked, answer, decoded, error``.
     """
     task = group.task
     counts: Any = 0
@@ -86,12 +86,12 @@ def tally(
 
 
 def slices_of(condition: Condition, task: type[Task]) -> tuple[str, ...]:
-    """The slices that the tests of a condition are counted by."""
+    """The slices by which a condition's tests are counted."""
     return condition.slices or (task.headline,)
 
 
 def _sample(answer: Answers, kind: int, condition: Condition, setting: TaskSetting) -> Row:
-    """One answered test, as text; ``asked`` says what the prompt showed where that is not the rule."""
+    """One answered test as text; ``asked`` is what the prompt showed if not the right instruction."""
     asked = {"rule": "", "blanked": "no rule"}
     if condition.prompt == "shuffled":
         asked["shuffled"] = setting.instruction_words(setting.words(answer.asked))
@@ -103,7 +103,7 @@ def _sample(answer: Answers, kind: int, condition: Condition, setting: TaskSetti
 
 
 def error_rows(who: Row, task: type[Task], split: str, slice: str, counts: np.ndarray) -> list[Row]:
-    """The rows of errors.csv of one member and slice; ``counts`` is a row of ``tally``."""
+    """The rows of errors.csv for one member and slice; ``counts`` is a row of ``tally``'s counts."""
     tests, _, *wrong = map(int, counts)
     return [
         who | {"split": split, "slice": slice, "error": error, "count": count, "tests": tests}

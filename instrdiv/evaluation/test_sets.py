@@ -1,4 +1,4 @@
-"""Which rules a run is tested on, split by split, and the inputs they are tested with."""
+"""The instructions that a run is tested on in each split, and their test inputs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from instrdiv.tasks.instructions import Source, take_tests
 from instrdiv.tasks.task import Example
 from instrdiv.training.population import MemberData
 
-#: Splits: trained rules with fresh inputs, each rule equally often; held-out rules for curves and tuning; held-out
-#: rules for the end; trained rules as often as they were trained. Each with the number of its stream of inputs.
+#: The splits, in order: trained instructions with fresh inputs, each equally often; held-out instructions for curves
+#: and tuning; held-out instructions for the end; trained instructions as often as in training. The number identifies
+#: the split's stream of inputs.
 SPLITS = {"seen": 0, "unseen_dev": 1, "unseen": 2, "seen_by_share": 0}
 
 
@@ -29,8 +30,8 @@ class TestSet:
 
     Attributes:
       split: one of ``SPLITS``.
-      rules: a table [tests] per member (the same object where members share it).
-      relations: ``Task.relation`` of the *unseen* rules to the member's own, bool [tests, K] per member.
+      rules: a table of instructions [tests] per member (the same object if members share it).
+      relations: ``Task.relation`` of the *unseen* instructions to the member's own, bool [tests, K] per member.
     """
 
     split: str
@@ -43,7 +44,7 @@ class TestSet:
 
 @functools.lru_cache(maxsize=32)
 def held_out_rules(source: Source, dev_tests: int, tests: int) -> dict[str, Any]:
-    """The held-out rules of ``unseen_dev`` and ``unseen``: different ones, one per test, shared by all members."""
+    """The held-out instructions of ``unseen_dev`` and ``unseen``: disjoint, one per test, shared by all members."""
     return dict(zip(("unseen_dev", "unseen"), take_tests(source, dev_tests, tests), strict=True))
 
 
@@ -59,17 +60,17 @@ def make_test_set(split: str, members: Sequence[Member], pools: RulePools, dev_t
 
 
 def stream_of_split(split: str, split_seed: int) -> int:
-    """The number that a split's inputs are keyed by."""
+    """The number that keys a split's inputs."""
     return split_seed * len(set(SPLITS.values())) + SPLITS[split]
 
 
 def sample_test(group: Group, data: MemberData, rule: Any, stream: Any, index: Any) -> Example:
-    """Test example ``index`` of a split (see ``stream_of_split``): one rule with a fresh input."""
+    """Test example ``index`` of a split (see ``stream_of_split``): an instruction with a fresh input."""
     key = group.task.test_key(stream_key(TEST_STREAM, stream), index)
     return group.task.example(group.shape, data.knobs, rule, key)
 
 
 def stack_rules(tables: Sequence[Any], places: np.ndarray, rows: Sequence[int] | np.ndarray) -> Any:
-    """The rules at these places of each row's table, numpy [M, B, ...]; past a table's end, its last rule again."""
+    """The instructions at ``places`` in each row's table, numpy [M, B, ...]; past its end, the last one repeats."""
     chosen = [tables[row][np.minimum(places, len(tables[row]) - 1)].arrays() for row in rows]
     return jax.tree.map(lambda *parts: np.stack(parts), *chosen)

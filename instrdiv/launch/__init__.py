@@ -1,1 +1,1 @@
-"""Commands: their flags, and what every launcher of a figure does, from scratch and over a pretrained base."""
+"""Commands: their flags, and the launchers of figures, for training from scratch and over a pretrained base."""

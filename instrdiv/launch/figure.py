@@ -1,6 +1,6 @@
-"""What every launcher does: flags, preset, plan, run, picture, verdict; and one clear line where it cannot.
+"""The launcher shared by all figures: flags, preset, plan, run, picture, verdict; a one-line message on failure.
 
-A launcher is a short file that describes a ``Figure`` and calls ``launch``. Every field of its setting is a flag
+A launcher is a short file that defines a ``Figure`` and calls ``launch``. Every field of its setting is a flag
 ``--config.<field>``; the fields that the figure varies take a list.
 """
 
@@ -54,15 +54,15 @@ __all__ = ["STOPPED", "Figure", "Preset", "launch", "make_sweep"]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure of the papers, or of ours.
+    """A figure, from the papers or our own.
 
     Attributes:
       name: as in the tables.
-      presets: by name.
-      draw: (rows of results.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``, and ``.csv`` where the
-        picture shows numbers that results.csv does not have.
-      claims: what the papers say, checked on the rows of results.csv; None where they say nothing.
-      conditions: the settings of a run -> what its members are tested under when all are trained, besides.
+      presets: presets by name.
+      draw: (rows of results.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``, and ``.csv`` if the
+        picture shows numbers that are not in results.csv.
+      claims: checks the papers' claims on the rows of results.csv; None if they make none.
+      conditions: settings of a run -> additional conditions under which its members are tested after training.
     """
 
     name: str
@@ -75,8 +75,8 @@ class Figure:
 def launch(figure: Figure, argv: Sequence[str] | None = None) -> int:
     """The main function of a launcher.
 
-    ``argv`` are its flags; the exit status is then returned. Without it, they are those of this process, which ends
-    with the exit status.
+    Parses ``argv`` and returns the exit status; without ``argv``, parses the flags of this process and exits with the
+    status.
     """
 
     def main(values: FlagValues) -> None:
@@ -86,7 +86,7 @@ def launch(figure: Figure, argv: Sequence[str] | None = None) -> int:
 
 
 def about(figure: Any) -> str | None:
-    """The docstring of the launcher that describes a figure."""
+    """The docstring of the launcher that defines a figure."""
     script = sys.modules["__main__"]
     made_here = any(value is figure for value in vars(script).values())
     return (script if made_here else sys.modules[figure.draw.__module__]).__doc__
@@ -100,14 +100,14 @@ def define_flags(figure: Figure, values: FlagValues) -> None:
     factors = list(dict.fromkeys(name for preset in figure.presets.values() for name in preset.factors))
     if factors:
         parser = ListParser(enum_parser(factors))
-        define(values, parser, "factor", "what is varied (default: all that the preset has)")
+        define(values, parser, "factor", "factors to vary (default: all of the preset's)")
     whole = NumberParser(int, low=1)
-    define(values, whole, "dev_tests", "held-out rules that are tested at every report (default: the preset's)")
-    define(values, whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    help = "members that are vectorized together (default: 1 on CPU, else by a probe)"
+    define(values, whole, "dev_tests", "held-out instructions to test at each report (default: the preset's)")
+    define(values, whole, "tests", "held-out instructions to test at the end (default: the preset's)")
+    help = "members vectorized together (default: 1 on CPU, otherwise chosen by a probe)"
     define(values, whole, "members_per_vmap", help)
     define(values, enum_parser(ATTENTION), "attention", "how attention is computed (default: plain)")
-    help = "a checkpoint to keep, about every so many steps, besides (default: none)"
+    help = "also keep a checkpoint about every N steps (default: none)"
     define(values, whole, "checkpoint_steps", help)
 
 
@@ -126,7 +126,7 @@ def _launch(figure: Figure, values: FlagValues) -> None:
         print(expected.text)
         return
     for condition, member in itertools.product(conditions, sweep.members):
-        condition.setting(member)  # can all be tested as the figure wants it? asked before anything is trained
+        condition.setting(member)  # fails early, before training, if a member cannot be tested this way
     RunDirectory.check(run_dir, sweep, options, values.overwrite, there)
     if there is None:
         print(plan(sweep, options).text, flush=True)
@@ -145,7 +145,7 @@ def _launch(figure: Figure, values: FlagValues) -> None:
 
 
 def make_sweep(figure: Figure, preset: Preset, values: FlagValues) -> Sweep:
-    """The sweep that a preset and the flags ask for."""
+    """The sweep specified by a preset and the flags."""
     given = setting_flags(values, type(preset.base))
     changes: Sequence[Mapping[str, Any]] = [{}]
     if preset.factors:
@@ -156,9 +156,7 @@ def make_sweep(figure: Figure, preset: Preset, values: FlagValues) -> Sweep:
         changes = [level for name in chosen for level in preset.factors[name]]
         clash = sorted({name for level in changes for name in level} & given.keys())
         if clash:
-            raise BadInput(
-                f"--config.{clash[0]}: a factor varies it; leave it out, or name other factors with --factor"
-            )
+            raise BadInput(f"--config.{clash[0]}: a factor varies it; omit it, or choose other factors with --factor")
     settings = preset.settings(given, changes)
     refuse_idle_flags(settings, given)
 
@@ -170,7 +168,7 @@ def make_sweep(figure: Figure, preset: Preset, values: FlagValues) -> Sweep:
 
 
 def _test(name: str, conditions: list[Condition], saved: SavedRun, options: Options) -> None:
-    """Tests the members of a finished run under a figure's conditions, those of a group unless that was done."""
+    """Tests the members of a finished run under a figure's conditions, skipping groups that were already tested."""
     rows = read_cells(saved.path / "results.csv")
     tested = {(r["member"], r["step"], r["slice"].partition("/")[0]) for r in rows if "/" in r["slice"]}
 
@@ -179,7 +177,7 @@ def _test(name: str, conditions: list[Condition], saved: SavedRun, options: Opti
         return {(member.id, step, condition.name) for member in group.members for condition in conditions}
 
     untested = [group for group in saved.groups if not wanted(group) <= tested]
-    if not untested:  # a run that is read back needs no lock for this
+    if not untested:  # loading a finished run needs no lock
         return
     with saved.locked(), telling() as say:
         for group in untested:

@@ -1,8 +1,8 @@
-"""What every launcher of fine-tuning does: flags, preset, base, data, plan, run, tests, picture, verdict.
+"""The launcher shared by all fine-tuning figures: flags, preset, base, data, plan, run, tests, picture, verdict.
 
-Such a launcher is a short file that describes a ``FineTuningFigure`` and calls ``launch_finetuning``: what its members
-are and which data they get, how they are tested, the picture, and what the papers claim. Every field of its setting, of
-the recipe and of the adapters is a flag ``--config.<field>``.
+A fine-tuning launcher is a short file that defines a ``FineTuningFigure`` (its members, their data and tests, the
+picture, and the papers' claims) and calls ``launch_finetuning``. Every field of its setting, of the recipe and of the
+adapters is a flag ``--config.<field>``.
 """
 
 from __future__ import annotations
@@ -62,13 +62,12 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A preset, with what the flags say.
+    """A preset combined with the flags.
 
     Attributes:
-      preset, flags: themselves; a figure may have flags of its own.
-      settings: every combination of those that the preset varies.
-      tuning: with the flags.
-      seeds, tests: with the flags.
+      preset, flags: as given; a figure may define additional flags.
+      settings: every combination of the values that the preset varies.
+      tuning, seeds, tests: the preset's, with the flags applied.
     """
 
     preset: Preset
@@ -80,7 +79,7 @@ class Asked:
 
     @classmethod
     def of_flags(cls, figure: FineTuningFigure, values: FlagValues) -> Asked:
-        """Raises BadInput where preset and flags do not go together."""
+        """Combines a figure's preset with the flags. Raises BadInput if they are incompatible."""
         preset = figure.presets[values.preset]
         assert preset.tuning
         settings = preset.settings(setting_flags(values, type(preset.base)))
@@ -95,7 +94,7 @@ class Asked:
         return cls(preset, values, settings, tuning, values.seeds or preset.seeds, tests)
 
     def member(self, setting: Mapping[str, Any], seed: int) -> AdapterMember:
-        """A member; ``setting`` are its columns in tables."""
+        """A member; ``setting`` holds its columns in the tables."""
         return AdapterMember(self.tuning.lora, self.tuning.learning_rate, seed, setting)
 
 
@@ -111,13 +110,13 @@ class Tests(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What is trained, and how it is tested.
+    """What to train, and how to test it.
 
     Attributes:
-      members, data: and the packed rows of each.
-      recipe: that they share.
-      tests: see there.
-      text: what people are told of the data.
+      members, data: the members, and the packed rows of each.
+      recipe: shared by all members.
+      tests: see ``Tests``.
+      text: summary of the data to print.
     """
 
     members: Sequence[AdapterMember]
@@ -129,11 +128,11 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a launch is to do, before its base is there.
+    """What a launch will do, defined before its base is loaded.
 
     Attributes:
-      make: (tokenizer of the base, say) -> what is trained.
-      rewriting: the world of the small base, where the preset has one.
+      make: (tokenizer of the base, say) -> what to train.
+      rewriting: the rewriting setting of the small base, if the preset has one.
     """
 
     make: Callable[[Tokenizer, Say], Trained]
@@ -146,17 +145,17 @@ class FineTuningFigure:
 
     Attributes:
       name: as in the tables.
-      presets: by name; each has its ``tuning``.
-      study: what was asked for -> what to do. Raises BadInput for an impossible request before a base is trained.
-      draw: (rows of results.csv, those of base.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``.
-      claims: what the papers say, checked on the rows of results.csv; None where nothing can be checked, and
-        ``unjudged`` says why.
+      presets: presets by name; each has its ``tuning``.
+      study: request -> study. Raises BadInput for an impossible request, before a base is trained.
+      draw: (rows of results.csv, rows of base.csv, path without suffix) -> None; writes ``.png`` and ``.pdf``.
+      claims: checks the papers' claims on the rows of results.csv; None if nothing can be checked.
+      unjudged: why nothing can be checked, if ``claims`` is None.
       read: run directory -> rows of results.csv and of base.csv.
-      report: (run directory, claims) -> path of the page that it writes.
-      has_tests: ``--tests`` says how many there are.
-      aliases: fields of the setting that have a flag ``--<field>``, too.
-      define_flags: defines flags of the figure's own.
-      default: the preset.
+      report: (run directory, claims) -> path of the report that it writes.
+      has_tests: whether the flag ``--tests`` sets the number of tests.
+      aliases: fields of the setting that also have a flag ``--<field>``.
+      define_flags: defines additional flags of the figure.
+      default: the default preset.
     """
 
     name: str
@@ -164,7 +163,7 @@ class FineTuningFigure:
     study: Callable[[Asked], Study]
     draw: Callable[[Sequence[Row], Sequence[Row], Path], Any]
     claims: Callable[[Sequence[Row]], list[Claim]] | None = None
-    unjudged: str = "the papers do not say"
+    unjudged: str = "the papers make no claim to check"
     read: Callable[[Path], tuple[list[Row], list[Row]]] = read_answers
     report: Callable[[Path, Sequence[Claim] | None], Path] = write_adapter_report
     has_tests: bool = True
@@ -174,7 +173,7 @@ class FineTuningFigure:
 
 
 def launch_finetuning(figure: FineTuningFigure, argv: Sequence[str] | None = None) -> int:
-    """The main function of a launcher of fine-tuning; ``argv`` as for ``launch``."""
+    """The main function of a fine-tuning launcher; ``argv`` as for ``launch``."""
 
     def main(values: FlagValues) -> None:
         _launch(figure, values)
@@ -183,7 +182,7 @@ def launch_finetuning(figure: FineTuningFigure, argv: Sequence[str] | None = Non
 
 
 def define_flags(figure: FineTuningFigure, values: FlagValues) -> None:
-    """Those of the figure, of its setting, of recipe and adapters, of base, devices and run directory."""
+    """Defines the flags of the figure, setting, recipe, adapters, base, devices and run directory."""
     presets = figure.presets.values()
     define_preset_flag(values, figure.presets, figure.default)
     swept = {name for preset in presets for name in preset.values}
@@ -195,12 +194,12 @@ def define_flags(figure: FineTuningFigure, values: FlagValues) -> None:
     define_run_flags(values, figure.name, "adapters")
     whole = NumberParser(int, low=1)
     if figure.has_tests:
-        define(values, whole, "tests", "held-out rules that are tested at the end (default: the preset's)")
-    help = "directory of the checkpoint that is adapted (default: the preset trains a small one)"
+        define(values, whole, "tests", "held-out instructions to test at the end (default: the preset's)")
+    help = "checkpoint directory of the base to adapt (default: the preset trains a small one)"
     define(values, NameParser(), "base", help)
-    define(values, whole, "tensor_parallel", "devices that share every matrix of the base", 1)
-    define_switch(values, "fsdp", "spread the base over all devices; each layer is gathered when it is used")
-    define_switch(values, "int8", "hold the base's layers in eight bits (default: the preset's)", default=None)
+    define(values, whole, "tensor_parallel", "devices over which each matrix of the base is split", 1)
+    define_switch(values, "fsdp", "shard the base over all devices, gathering each layer when it is used")
+    define_switch(values, "int8", "store the base's layers in int8 (default: the preset's)", default=None)
     figure.define_flags(values)
 
 
@@ -210,7 +209,7 @@ def _launch(figure: FineTuningFigure, values: FlagValues) -> None:
     study, int8 = figure.study(asked), asked.tuning.int8
     asked.tuning.recipe.validate()
     if not (asked.tuning.small or values.base):
-        needed = "needs --base=DIR, the directory of a checkpoint (docs/finetuning.md)"
+        needed = "needs --base=DIR, a checkpoint directory (see docs/finetuning.md)"
         raise BadInput(f"--preset={values.preset}: {needed}")
     use_cpu_cores(values.devices)
     mesh = make_mesh(values.devices or jax.device_count(), values.data_parallel, values.tensor_parallel)
@@ -248,12 +247,12 @@ def _launch(figure: FineTuningFigure, values: FlagValues) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """The model that is adapted.
+    """The base model to adapt.
 
     Attributes:
       path: of its checkpoint.
       config, tokenizer: of the model.
-      is_there: False in a dry run that would train it first: its weights are random ones then, which are as fast.
+      is_there: False in a dry run that would train it first; random weights, which are just as fast, replace it then.
     """
 
     path: Path
@@ -263,9 +262,9 @@ class _Base:
 
     @classmethod
     def of(cls, asked: Asked, run_dir: Path, rewriting: EncryptedSetting, mesh: Mesh, say: Say) -> _Base:
-        """The checkpoint that ``--base`` names; else a preset's small one, which is trained beside the run directory.
+        """The checkpoint named by ``--base``; otherwise the preset's small one, trained next to the run directory.
 
-        Raises BadInput where there is no such checkpoint, or it is not supported.
+        Raises BadInput if there is no such checkpoint, or it is not supported.
         """
         if asked.flags.base:
             path = Path(asked.flags.base)
@@ -281,7 +280,7 @@ class _Base:
         return cls(path, ModelConfig.from_json(path), Tokenizer.load(path))
 
     def model(self, recipe: Recipe, mesh: Mesh, int8: bool, fsdp: bool, say: Say) -> Model:
-        """It, with its weights on the mesh, in the recipe's precision, or their layers in eight bits."""
+        """The model with its weights on the mesh, in the recipe's precision, or with its layers in int8."""
         if not self.is_there:
             return Model(self.config, random_weights(self.config, seed=0))
         say(f"reading {self.path}")

@@ -1,7 +1,7 @@
-"""Flags of a command, each command's own; and what every command does with a mistake, a signal, or a plea for help.
+"""Command-line flags, and the handling of mistakes, signals and ``--help`` that all commands share.
 
-A command defines its flags in a ``FlagValues`` of its own, so that several can run in one process: there are no global
-ones. ``start`` parses them and runs it.
+Each command defines its flags in its own ``FlagValues``; there are no global flags, so several commands can run in one
+process. ``start`` parses the flags and runs the command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.fields import Bound
 from instrdiv.runtime.interruption import Interrupted
 
-#: Exit status of a run that was asked to stop, and is saved (EX_TEMPFAIL: the same command again is the remedy).
+#: Exit status of a run that was interrupted and saved (EX_TEMPFAIL: rerun the same command to resume).
 STOPPED = 75
 
 _HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h", "-?")
@@ -42,15 +42,15 @@ def start(
     argv: Sequence[str] | None = None,
     name: str | None = None,
 ) -> int:
-    """Parses flags and runs ``main``; a user's mistake is one line on standard error and exit status 2.
+    """Parses flags and runs ``main``; a user error prints one line to standard error and exits with status 2.
 
     Args:
-      main: the command, given its flags; returns its exit status, None for 0.
-      define_flags: defines its flags; may raise BadInput where they hang on a file.
+      main: the command; takes its flags and returns its exit status, None for 0.
+      define_flags: defines its flags; may raise BadInput if they depend on a file.
       about: the docstring, for ``--help``.
-      argv: the flags, without the name of the command; the exit status is then returned. None: those of this process,
-        which ends with the exit status.
-      name: of the command's file, for provenance.json; by default that of this process.
+      argv: the flags, without the command name; the exit status is returned. None: parse the flags of this process and
+        exit with the status.
+      name: the command's file name, for provenance.json; by default that of this process.
     """
     if argv is None:
         faulthandler.enable()
@@ -66,7 +66,7 @@ def _status(
     about: str | None,
     argv: Sequence[str],
 ) -> int:
-    """The exit status of a command."""
+    """Runs a command and returns its exit status."""
     quieten_orbax()
     values = FlagValues()
     try:
@@ -93,7 +93,7 @@ def _status(
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # such as a full disk
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
@@ -104,7 +104,7 @@ def _fail(message: str) -> int:
 
 @contextlib.contextmanager
 def _as_command(words: list[str]) -> Iterator[None]:
-    """While entered, this process was started with these words: provenance.json says with which command to resume."""
+    """Temporarily sets ``sys.argv``, so that provenance.json records the command to resume with."""
     before, sys.argv = sys.argv, words
     try:
         yield
@@ -117,7 +117,7 @@ def define(values: FlagValues, parser: flags.ArgumentParser, name: str, help: st
 
 
 def define_switch(values: FlagValues, name: str, help: str, default: bool | None = False) -> None:
-    """A flag that is on where it is named, off as ``--no<name>``; absl's own reports a mistake as a tuple."""
+    """A boolean flag ``--<name>``, ``--no<name>``. Not absl's own, whose error message shows a tuple."""
     values[name] = flags.Flag(_BoolParser(), None, name, default, help, boolean=True)
 
 
@@ -126,38 +126,38 @@ def define_enum(values: FlagValues, name: str, choices: Sequence[str], help: str
 
 
 def define_many(values: FlagValues, parser: flags.ArgumentParser, name: str, help: str) -> None:
-    """A flag that may be given several times; its value is a list, or None."""
+    """A flag that may be repeated; its value is a list, or None."""
     values[name] = flags.MultiFlag(parser, flags.ArgumentSerializer(), name, None, help)
 
 
 def define_preset_flag(values: FlagValues, names: Mapping[str, Any] | Sequence[str], default: str = "laptop") -> None:
-    """The flag --preset; its default is the first one where there is no ``default``."""
+    """The flag --preset; defaults to ``default`` if there is such a preset, otherwise to the first one."""
     default = default if default in names else next(iter(names))
-    define_enum(values, "preset", list(names), "how large a world, a model and a budget", default)
+    define_enum(values, "preset", list(names), "size of the task, the model and the training budget", default)
 
 
 def define_run_flags(values: FlagValues, name: str, models: str) -> None:
-    """Flags of every launcher of a figure: seeds, devices and run directory.
+    """Flags shared by all launchers of figures: seeds, devices and run directory.
 
-    ``name`` is the figure's; ``models`` is what a setting has one of for each seed.
+    ``name`` is the figure's name; ``models`` is what is trained per seed, in the plural.
     """
-    define(values, NumberParser(int, low=1), "seeds", f"{models} a setting (default: the preset's)")
-    define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all, on CPU one a core)")
+    define(values, NumberParser(int, low=1), "seeds", f"{models} per setting (default: the preset's)")
+    define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all; on CPU, one per core)")
     define(values, NumberParser(int, low=1), "data_parallel", "devices that share one member's batch", 1)
-    define(values, NameParser(), "run_dir", f"where tables and pictures go (default: runs/{name}-<preset>)")
-    define_switch(values, "dry_run", "say what it would take, and stop")
-    define_switch(values, "overwrite", "start anew in a directory that holds another run")
+    define(values, NameParser(), "run_dir", f"directory for tables and pictures (default: runs/{name}-<preset>)")
+    define_switch(values, "dry_run", "print the plan with estimated time and memory, and exit")
+    define_switch(values, "overwrite", "start from scratch in a directory that contains another run")
     minutes = NumberParser(float, low=0)
-    define(values, minutes, "checkpoint_minutes", "a checkpoint to resume from, every so many minutes; inf: none", 2)
+    define(values, minutes, "checkpoint_minutes", "minutes between checkpoints to resume from; inf for none", 2)
 
 
 def run_dir_of(values: FlagValues, name: str) -> Path:
-    """Where the figure of this name goes."""
+    """The run directory of the figure with this name."""
     return Path(values.run_dir or Path("runs") / f"{name}-{values.preset}")
 
 
 def define_task_flag(values: FlagValues) -> None:
-    define(values, NameParser(), "task", "the launcher file that defines the task, where it is one of your own")
+    define(values, NameParser(), "task", "the launcher file that defines the task, for a task of your own")
 
 
 def define_setting_flags(
@@ -167,14 +167,14 @@ def define_setting_flags(
     aliases: Collection[str] = (),
     names: Collection[str] | None = None,
 ) -> None:
-    """One flag ``--config.<field>`` per field of a dataclass.
+    """Defines one flag ``--config.<field>`` per field of a dataclass.
 
     Args:
-      values: where they are defined.
-      of: the dataclass; ``field`` made its fields.
+      values: where to define the flags.
+      of: the dataclass; its fields were made by ``field``.
       swept: fields that take a list.
-      aliases: fields that have a flag ``--<field>`` besides, which means the same.
-      names: the fields; all by default.
+      aliases: fields that also have an equivalent flag ``--<field>``.
+      names: the fields to define; all by default.
     """
     types_of = typing.get_type_hints(of)
     for field in sorted(dataclasses.fields(of), key=lambda field: field.name):
@@ -183,31 +183,31 @@ def define_setting_flags(
         parser = _parser_for(types_of[field.name], field.metadata)
         text = field.metadata["help"]
         if field.name in swept:
-            if isinstance(parser, ListParser):  # commas are between the lists now
+            if isinstance(parser, ListParser):  # commas now separate the lists
                 parser = ListParser(parser.item, separators="+")
-            if isinstance(parser, _Bounded):  # ``check_fields`` names the one value that is out of bounds
+            if isinstance(parser, _Bounded):  # ``check_fields`` reports which value is out of bounds
                 parser = parser.parser
-            parser, text = ListParser(parser), f"{text}; a list: what this figure varies"
+            parser, text = ListParser(parser), f"{text}; a list, which this figure varies"
         default = "" if "(default: " in text else " (default: the preset's)"
         define(values, parser, f"config.{field.name}", text + default)
         if field.name in aliases:
-            help = f"another name of --config.{field.name}: {text}{default}"
+            help = f"another name for --config.{field.name}: {text}{default}"
             values[field.name] = _Alias(parser, flags.ArgumentSerializer(), field.name, None, help)
 
 
 class _Alias(flags.Flag):
-    """Another name of the flag of a field."""
+    """Another name for a field's flag."""
 
 
 def setting_flags(values: FlagValues, of: type) -> dict[str, Any]:
-    """The fields of the dataclass ``of`` that were given as flags. Raises BadInput where one was given twice."""
+    """The fields of the dataclass ``of`` that were given as flags. Raises BadInput if one was given twice."""
     given = {}
     for name in (field.name for field in dataclasses.fields(of)):
         flags_of = [f"config.{name}"] if f"config.{name}" in values else []
         flags_of += [name] if name in values and isinstance(values[name], _Alias) else []
         said = [flag for flag in flags_of if values[flag].value is not None]
         if len(said) > 1:
-            raise BadInput(f"--{said[1]} and --{said[0]}: are two names of one flag; give one of them")
+            raise BadInput(f"--{said[1]} and --{said[0]}: are two names for the same flag; give only one")
         if said:
             given[name] = values[said[0]].value
     return given
@@ -220,7 +220,7 @@ def changes_a_setting(values: FlagValues) -> bool:
 
 
 def refuse_idle_flags(settings: Sequence[TaskSetting], given: Collection[str]) -> None:
-    """Raises BadInput for a field that was given as a flag and changes nothing in any of the settings."""
+    """Raises BadInput for a field that was given as a flag but has no effect in any of the settings."""
     for name, neutral, used, why in settings[0].idle_fields(settings):
         value = max(getattr(setting, name) for setting in settings)
         if name in given and value > neutral and not used:
@@ -241,7 +241,7 @@ def _parser_for(kind: Any, metadata: Mapping[str, Any]) -> flags.ArgumentParser:
 
 
 class _Bounded(flags.ArgumentParser):
-    """What a parser reads, within the bound of a field."""
+    """Applies a field's bound to the values of another parser."""
 
     def __init__(self, parser: flags.ArgumentParser, bound: Bound):
         self.parser, self.bound, self.syntactic_help = parser, bound, parser.syntactic_help
@@ -260,7 +260,7 @@ def enum_parser(choices: Sequence[str]) -> flags.ArgumentParser:
 
 
 class NumberParser(flags.ArgumentParser):
-    """A whole number or a number, within bounds."""
+    """An integer or a float, within bounds."""
 
     def __init__(self, kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf):
         self.kind, self.low, self.high = kind, low, high
@@ -280,7 +280,7 @@ class NumberParser(flags.ArgumentParser):
 
 
 class ListParser(flags.ArgumentParser):
-    """A list; within a list, that of an inner parser is joined by '+', as in the tables: ``1,5,1+5``."""
+    """A list. Lists within a list are joined by '+', as in the tables: ``1,5,1+5``."""
 
     def __init__(self, item: flags.ArgumentParser, separators: str = ","):
         self.item, self.separators = item, separators
@@ -293,7 +293,7 @@ class ListParser(flags.ArgumentParser):
 
 
 class NameParser(flags.ArgumentParser):
-    """A string that says something."""
+    """A non-empty string."""
 
     def parse(self, argument):
         if not argument:

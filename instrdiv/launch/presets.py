@@ -1,4 +1,4 @@
-"""What one size of a figure is, and the settings that it and the flags ask for."""
+"""Presets, the sizes of a figure, and the settings that follow from a preset and the flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instrdiv.models.lora import Lora
 from instrdiv.runtime.errors import BadInput
 from instrdiv.training.recipe import Recipe
 
-if TYPE_CHECKING:  # it knows string rewriting, which a figure of another task does without
+if TYPE_CHECKING:  # it imports string rewriting, which figures of other tasks do not need
     from instrdiv.training.pretraining import SmallBase
 
 
@@ -20,10 +20,10 @@ class Tuning:
     """How a preset's adapters are trained.
 
     Attributes:
-      lora, learning_rate: of every member.
-      recipe: that they share.
-      small: the base that is trained first; None where ``--base`` has to name one.
-      int8: hold the base in eight bits.
+      lora, learning_rate: for every member.
+      recipe: shared by all members.
+      small: the small base to train first; None if ``--base`` is required.
+      int8: store the base in int8.
     """
 
     lora: Lora
@@ -39,14 +39,14 @@ class Preset:
 
     Attributes:
       base: the setting that the figure varies.
-      values: field of the setting -> the values it takes; their product is trained.
-      factors: name -> its levels, each a change of the base; for every level of those that ``--factor`` names, the
-        product is trained. ``{}`` is the base itself.
+      values: field of the setting -> the values it takes; all combinations are trained.
+      factors: name -> its levels, each a change to the base; all combinations of ``values`` are trained for every level
+        of the factors that ``--factor`` names. ``{}`` is the base itself.
       seeds: models per setting.
-      seeds_at: number of instructions -> models per setting there, where that is more: near the step seeds differ most.
+      seeds_at: number of instructions -> models per setting there, if more; seeds differ most near the step.
       dev_tests, tests: see ``Sweep``.
-      judged: large enough to bear out, or contradict, what the papers say.
-      tuning: how its adapters are trained; None where models are trained from scratch.
+      judged: large enough to confirm or contradict the papers' claims.
+      tuning: how its adapters are trained; None if models are trained from scratch.
     """
 
     base: Any
@@ -60,13 +60,13 @@ class Preset:
     tuning: Tuning | None = None
 
     def settings(self, given: Mapping[str, Any], changes: Sequence[Mapping[str, Any]] = ({},)) -> list[Any]:
-        """The settings that are trained.
+        """The settings to train.
 
         Args:
-          given: fields that flags give; those of ``values`` as lists.
-          changes: of the base; the product is trained for each of them.
+          given: fields given as flags; those in ``values`` as lists.
+          changes: changes to the base; all combinations of ``values`` are trained for each.
 
-        Raises BadInput where a list names a value twice.
+        Raises BadInput if a list contains a value twice.
         """
         fixed = {name: value for name, value in given.items() if name not in self.values}
         lists = {name: given.get(name, values) for name, values in self.values.items()}
@@ -74,7 +74,7 @@ class Preset:
             twice = [value for i, value in enumerate(values) if value in values[:i]]
             if twice:
                 listed = ",".join(map(str, values))
-                raise BadInput(f"--config.{name}={listed}: names a value twice ({twice[0]} twice)")
+                raise BadInput(f"--config.{name}={listed}: lists {twice[0]} twice")
         base = dataclasses.replace(self.base, **fixed)
         settings = [
             dataclasses.replace(base, **change, **dict(zip(lists, values, strict=True)))

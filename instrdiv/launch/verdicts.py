@@ -1,4 +1,4 @@
-"""What became of the papers' claims: checked where a run can bear them out, and said."""
+"""Checks the papers' claims, if a run can test them, and prints the verdict."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ def judge(
     preset: Preset,
     values: FlagValues,
     what: str = "model",
-    unjudged: str = "the papers do not say",
+    unjudged: str = "the papers make no claim to check",
 ) -> list[Claim] | None:
-    """Prints what became of the papers' claims, and returns them; None where the run cannot bear them out.
+    """Prints which of the papers' claims hold, and returns them; None if the run cannot test them.
 
     Args:
-      claims: checks them on the rows of results.csv; None where there is nothing to check, and ``unjudged`` says why.
-      results: the rows.
-      preset, values: the preset, and the flags.
-      what: is trained.
-      unjudged: see there.
+      claims: checks the claims on the rows of results.csv; None if there is nothing to check.
+      results: the rows of results.csv.
+      preset, values: the preset and the flags.
+      what: the kind of thing trained, such as "model".
+      unjudged: why there is nothing to check, if ``claims`` is None.
     """
     if claims is None:
-        print(f"verdict: none, {unjudged}")
+        print(f"Not judged: {unjudged}.")
         return None
     if not preset.judged:
-        print(f"verdict: none, the preset {values.preset} is too small to show anything")
+        print(f"Not judged: the preset {values.preset} is too small to test the claims.")
         return None
     fewer = (values.seeds or preset.seeds) < preset.seeds or (values.tests or preset.tests) < preset.tests
     if changes_a_setting(values) or fewer:
-        print("verdict: none, the claims are about the preset's own settings, seeds and tests")
+        print("Not judged: claims apply only to the unmodified preset.")
         return None
     lost = {row["member"] for row in results if row["status"] != "ok"}
-    # The claims are about means: without its stragglers, a setting would look better than it is.
+    # The claims are about means, which would look too good without the diverged members.
     found = [Claim(f"every {what} trained to its end", False, f"{len(lost)} diverged")] if lost else claims(results)
     print_claims(found)
     return found
 
 
 def print_claims(claims: Sequence[Claim]) -> None:
-    """What holds, what does not, and the verdict."""
+    """Prints which claims hold, and the verdict."""
     for claim in claims:
         print(f"  [{'x' if claim.holds else ' '}] {claim.text}: {claim.evidence}")
     print(f"verdict: {verdict(claims)}")

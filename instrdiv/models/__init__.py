@@ -1,1 +1,1 @@
-"""The decoder that is trained from scratch, and the Llama family with its weights, adapters and generation."""
+"""The decoder trained from scratch, and the Llama family: weights, adapters, and generation."""

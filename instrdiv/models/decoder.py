@@ -1,11 +1,11 @@
-"""The decoder: GPT-2 style, in Flax, small enough to read at a glance.
+"""The decoder: a small GPT-2-style transformer in Flax.
 
-Only the answer is ever trained or scored, and nothing after the last attention looks back. So the last layer's
-attention output and MLP, the final norm and the head run on the answer positions alone (``answer_only``): the result
-is the same, and 8 % of the arithmetic is saved at the papers' shape, 17 % at the laptop's.
+Only the answer is ever trained on or scored, and positions no longer mix after the last attention. So the last layer's
+attention output and MLP, the final norm, and the head run on the answer positions only (``answer_only``): the result
+is the same, and it saves 8% of the arithmetic at the papers' shape, 17% at the laptop preset's.
 
-Training and decoding read the same definition: with ``start`` a call takes only the tokens that are new, and keeps
-their keys and values for the calls that follow (``decoding.py``).
+Training and decoding share this definition: with ``start``, a call takes only the new tokens and caches their keys and
+values for later calls (``decoding.py``).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from instrdiv.config.groups import Group
 from instrdiv.config.settings import ModelFields
 from instrdiv.tasks.tokens import END, PAD
 
-#: The parameters that Muon orthogonalizes: the four matrices of a block. Everything else is Adam's.
+#: The parameters that Muon orthogonalizes: the four matrices of a block. Everything else uses Adam.
 MUON_MATRICES = ("qkv", "attention_out", "mlp_up", "mlp_down")
 
 
 class Decoder(nn.Module):
-    """Reads tokens, predicts the next one: the model of P2 (arXiv 2410.04717), section 3.1, or a variant.
+    """A next-token predictor: the model of P2 (arXiv 2410.04717), section 3.1, or a variant of it.
 
     Attributes:
       config: the static fields of a setting.
       vocabulary_size: number of tokens.
-      prompt: tokens before the answer; the first prediction is made at position ``prompt - 1``.
-      sequence: longest row.
-      ragged: rows may start with padding, which nothing attends to and which does not count as positions.
+      prompt: number of tokens before the answer; the first prediction is made at position ``prompt - 1``.
+      sequence: length of the longest row.
+      ragged: rows may start with padding, which is never attended to and is not counted in positions.
       attention: one of ``ATTENTION``.
     """
 
@@ -53,16 +53,16 @@ class Decoder(nn.Module):
         train: bool = False,
         start: jax.Array | int | None = None,
     ) -> jax.Array:
-        """Logits float32 [B, T - prompt + 1, V], from position ``prompt - 1`` on; [B, T, V] if not ``answer_only``.
+        """Logits float32 [B, T - prompt + 1, V] from position ``prompt - 1`` onward; [B, T, V] if not ``answer_only``.
 
         Args:
-          tokens_BxT: int32, T <= sequence; to train, the row without its last token.
-          padding_B: int32 tokens of padding on the left (ignored unless ``ragged``).
-          answer_only: compute the last layer where the answer is predicted, and nowhere else.
+          tokens_BxT: int32, T <= sequence; in training, the row without its last token.
+          padding_B: int32, number of padding tokens on the left (ignored unless ``ragged``).
+          answer_only: compute the last layer only at the positions that predict the answer.
           train: apply dropout (needs the ``dropout`` PRNG).
-          start: to decode: the place of the first of these tokens in its row (int32 scalar). The tokens before it are
-            known by their keys and values, in the collection ``cache``, to which those of these tokens are added:
-            apply with ``mutable=["cache"]``. With ``answer_only`` the tokens are those of the whole prompt, or more.
+          start: for decoding: the position of the first of these tokens in its row (int32 scalar). The keys and values
+            of earlier tokens are read from the collection ``cache``, and those of these tokens are added to it: apply
+            with ``mutable=["cache"]``. With ``answer_only``, the tokens must include the whole prompt.
         """
         c, dtype = self.config, jnp.dtype(self.config.precision)
         T = tokens_BxT.shape[1]
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         embedding = self.param(
             "embedding", nn.initializers.normal(0.02 if gpt2 else 0.5), (self.vocabulary_size, c.width)
         )
-        # As a product: the vocabulary is tiny, and the gradient of a lookup is a scatter, which is slow everywhere.
+        # A matmul, not a lookup: the vocabulary is tiny, and a lookup's gradient is a scatter, slow on every backend.
         x_BxTxD = jax.nn.one_hot(tokens_BxT, self.vocabulary_size, dtype=dtype) @ embedding.astype(dtype)
         place_T, S = (jnp.arange(T), T) if start is None else (start + jnp.arange(T), self.sequence)
         position_BxT = place_T[None, :]
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
             x_BxTxD += positions.astype(dtype)[jnp.s_[None, :T] if in_order else position_BxT]
         x_BxTxD = nn.Dropout(c.dropout, deterministic=not train)(x_BxTxD)
         if start is None and c.precision == "bfloat16":
-            # Tensor cores want whole tiles. What is added comes last, so nothing attends to it; it is cut off below.
+            # Tensor cores want whole tiles. The padding is at the end, so nothing attends to it; it is cut off below.
             added = -T % 8
             x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, added), (0, 0)))
             place_T, S = jnp.arange(T + added), T + added
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             mask_BxTxS = mask_BxTxS & (jnp.arange(S)[None, None, :] >= padding_B[:, None, None])
         for layer in range(c.layers):
             first = self.prompt - 1 if answer_only and layer == c.layers - 1 else 0
-            # In one kernel where it is causal, and nothing else: not where some queries, or keys, are left out.
+            # The fused kernel only handles plain causal attention: not a subset of the queries, and no masked keys.
             fused = self.attention == "cudnn" and first == 0 and start is None and not self.ragged
             block = Block(c, fused, name=f"layer_{layer}")
             x_BxTxD = block(x_BxTxD, position_BxT, mask_BxTxS, first, train, start)
@@ -102,14 +102,14 @@ class Decoder(nn.Module):
         else:
             head_init = nn.initializers.normal(0.02) if gpt2 else nn.initializers.lecun_normal()
             head = self.param("head", head_init, (c.width, self.vocabulary_size))
-        # Not rounded to bfloat16: the best letter must not be a tie.
+        # Not rounded to bfloat16, which could make the best letters tie.
         return jnp.einsum("btd,dv->btv", x_BxTxD, head.astype(dtype), preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. Output positions start at ``first``; keys and values are those of all positions.
+    """Pre-norm attention and MLP. Output positions start at ``first``; keys and values cover all positions.
 
-    With ``start``, see ``Decoder``: all positions up to the last of these tokens; S is the longest row.
+    With ``start`` (see ``Decoder``), they cover all positions up to the last of these tokens; S is the longest row.
     """
 
     config: ModelFields
@@ -137,12 +137,12 @@ class Block(nn.Module):
         x += drop(make_linear(c, D, "attention_out", residual=True)(attended.reshape(B, T - first, D)))
 
         hidden = make_linear(c, c.mlp_ratio * D, "mlp_up")(make_norm(c, "mlp_norm")(x))
-        # GELU's gradient is computed from its input, which is there; what was computed on the way is not kept.
+        # GELU's gradient is recomputed from its input, which is kept anyway; its intermediate values are not stored.
         hidden = jax.checkpoint(nn.gelu)(hidden) if c.activation == "gelu" else nn.relu(hidden)
         return x + drop(make_linear(c, D, "mlp_down", residual=True)(hidden))
 
     def _remember(self, name: str, new_BxTxHxK: jax.Array, start, S: int) -> jax.Array:
-        """Puts the new keys (or values) at ``start`` into the cache; all of it, [B, S, H, K]."""
+        """Writes the new keys (or values) into the cache at ``start``; returns the whole cache, [B, S, H, K]."""
         B, _, *head = new_BxTxHxK.shape
         kept = self.variable("cache", name, jnp.zeros, (B, S, *head), new_BxTxHxK.dtype)
         kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new_BxTxHxK, start, axis=1)
@@ -153,10 +153,10 @@ class Block(nn.Module):
 def attend(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
     """Softmax attention, [B, T, H, K]; scores and softmax in float32.
 
-    Written out because sequences are short: XLA's CPU backend runs this form, with its gradient, a quarter faster than
-    ``jax.nn.dot_product_attention``. With a gradient of its own, which keeps the weights, and multiplies, in the
-    precision of the inputs: the one that JAX derives has arrays of T x S in float32 instead. (A query without any key,
-    as in the padding of a row, has no meaningful gradient: nothing reads what it attends to.)
+    Written out because sequences are short: XLA's CPU backend runs this form, gradient included, a quarter faster than
+    ``jax.nn.dot_product_attention``. The custom gradient stores the attention weights and multiplies in the inputs'
+    precision; the gradient JAX derives uses float32 T x S arrays instead. (A query with no keys, as in a row's
+    padding, has no meaningful gradient, but its output is never read.)
     """
     return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask_BxTxS)[0]
 
@@ -164,7 +164,7 @@ def attend(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mas
 def _attend(q, k, v, mask):
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
-    # Or XLA would rather keep the float32 that they are computed from.
+    # Without the barrier, XLA would store the float32 values that these are computed from.
     weights = jax.lax.optimization_barrier(weights.astype(v.dtype))
     attended = jnp.einsum("bhts,bshk->bthk", weights, v)
     return attended, (q, k, v, weights, attended)
@@ -173,7 +173,7 @@ def _attend(q, k, v, mask):
 def _attend_gradient(known, upstream):
     q, k, v, weights, attended = known
     for_weights = jnp.einsum("bthk,bshk->bhts", upstream, v, preferred_element_type=jnp.float32)
-    # What a softmax subtracts, (weights * for_weights).sum(-1), without a pass over T x S: as flash attention has it.
+    # What the softmax gradient subtracts, (weights * for_weights).sum(-1), without a T x S pass, as in FlashAttention.
     mean_BxTxHx1 = (upstream.astype(jnp.float32) * attended).sum(-1, keepdims=True)
     for_scores = weights * (for_weights - mean_BxTxHx1.transpose(0, 2, 1, 3))
     for_scores = (for_scores * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -186,7 +186,7 @@ attend.defvjp(_attend, _attend_gradient)
 
 
 def make_linear(c: ModelFields, features: int, name: str, residual: bool = False) -> Any:
-    """A linear layer; those that write to the residual stream start smaller by sqrt(2 * layers), as in GPT-2."""
+    """A linear layer; those that write to the residual stream are initialized sqrt(2 * layers) smaller, as in GPT-2."""
     scale = 1 / math.sqrt(2 * c.layers) if residual else 1.0
     if c.init == "gpt2":
         kernel_init: Any = nn.initializers.normal(0.02 * scale)
@@ -195,7 +195,7 @@ def make_linear(c: ModelFields, features: int, name: str, residual: bool = False
     dense = nn.Dense(features, use_bias=c.biases, dtype=jnp.dtype(c.precision), kernel_init=kernel_init, name=name)
 
     def apply(x_BxTxD):
-        # As one matrix: on CPU the weight gradient of the three-dimensional form is half as fast.
+        # Flattened to a matrix: on CPU, the weight gradient of the three-dimensional form is half as fast.
         return dense(x_BxTxD.reshape(-1, x_BxTxD.shape[-1])).reshape(*x_BxTxD.shape[:-1], features)
 
     return apply
@@ -209,7 +209,7 @@ def make_norm(c: ModelFields, name: str) -> nn.Module:
 
 
 def rotate(x_BxTxHxK: jax.Array, position_BxT: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021): pairs (i, i + K/2) turn by position / 10000^(2i/K)."""
+    """Rotary positions (Su et al. 2021): pairs (i, i + K/2) rotate by position / 10000^(2i/K)."""
     half = x_BxTxHxK.shape[-1] // 2
     frequency = 10000.0 ** (-jnp.arange(half) / half)
     angle = position_BxT[:, :, None, None] * frequency
@@ -219,7 +219,7 @@ def rotate(x_BxTxHxK: jax.Array, position_BxT: jax.Array) -> jax.Array:
 
 
 def make_decoder(group: Group) -> Decoder:
-    """The decoder that the members of a group have."""
+    """The decoder that all members of a group share."""
     shape = group.shape
     return Decoder(
         config=group.config,
@@ -232,13 +232,13 @@ def make_decoder(group: Group) -> Decoder:
 
 
 def decode_greedily(decoder: Decoder, params: Any, prompt_BxP: jax.Array, padding_B: jax.Array) -> jax.Array:
-    """The greedy answers int32 [B, A + 1]: letters, then the end token, then PAD; no end token where none came.
+    """Greedy answers int32 [B, A + 1]: letters, the end token (if one was produced), then PAD.
 
     Args:
       decoder: its ``prompt`` is P; it leaves room for A answer letters.
-      params: of one member.
-      prompt_BxP: int32, right-aligned: every answer starts at the same place.
-      padding_B: int32, tokens of padding before each prompt (ignored unless ``decoder.ragged``).
+      params: one member's parameters.
+      prompt_BxP: int32, right-aligned: every answer starts at the same position.
+      padding_B: int32, number of padding tokens before each prompt (ignored unless ``decoder.ragged``).
     """
     logits, cache = decoder.apply(params, prompt_BxP, padding_B, start=0, mutable=["cache"])
 

@@ -1,6 +1,6 @@
-"""Greedy decoding with a cache of keys and values, for all members of a population of adapters in one program.
+"""Greedy decoding with a key-value cache, for all members of a population of adapters in one program.
 
-The prompts are read once, then one token a step, until every row has ended.
+The prompts are read once, then one token is decoded per step until every row has ended.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from instrdiv.models.llama import Adapters, Model, Rows, empty_cache, hidden, lo
 
 
 def left_padded(prompts: Sequence[Sequence[int]], places: int | None = None) -> Rows:
-    """Prompts as rows [B, P] of numpy arrays, padded on the left; P is ``places``, or the longest prompt.
+    """Prompts as left-padded rows [B, P], numpy arrays; P is ``places``, by default the length of the longest prompt.
 
-    An empty prompt makes an idle row: it fills a batch, and nothing is decoded for it.
+    An empty prompt makes an idle row: it only fills up a batch, and nothing is decoded for it.
     """
     places = max(map(len, prompts)) if places is None else places
     tokens, segments = np.zeros((2, len(prompts), places), np.int32)
@@ -40,19 +40,19 @@ def decode_greedily(
     end_tokens: tuple[int, ...] | None = None,
     precision: str = "float32",
 ) -> tuple[jax.Array, jax.Array]:
-    """The most likely token after each prompt, the one after that, and so on.
+    """Decodes the most likely continuation of each prompt, token by token.
 
     Args:
-      model, adapters: see ``llama.hidden``; with adapters of M members, the prompts are those of the first member,
-        then those of the second, and so on, equally many.
+      model, adapters: see ``llama.hidden``; with adapters of M members, the prompts are grouped by member, in order,
+        with the same number per member.
       prompts: B rows, padded on the left (``left_padded``).
-      new_tokens: N, the longest answer, its end token included.
-      end_tokens: any of them ends an answer; by default, those of the model.
+      new_tokens: N, length of the longest answer, including its end token.
+      end_tokens: any of these ends an answer; by default, the model's.
       precision: dtype of activations and cache.
 
     Returns:
-      Tokens int32 [B, N], the end token included, and 0 after it; and how many came before the end token, int32 [B]: N
-      where none came.
+      Tokens int32 [B, N], including the end token, then 0; and the number of tokens before the end token, int32 [B] (N
+      if there was none).
     """
     ends = jnp.asarray(model.config.end_tokens if end_tokens is None else end_tokens, jnp.int32)
     rows, places = prompts.tokens.shape

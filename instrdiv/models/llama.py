@@ -1,16 +1,16 @@
 """The Llama-family decoder, as pure functions over a tree of weights.
 
-One implementation serves Llama, Mistral, DeepSeek-Coder and Qwen2: what sets them apart (rope scaling, windows, biases,
-grouped heads, tied heads) is data in ``ModelConfig``. Layers are stacked on a leading axis and scanned, so that a
-program is as large for one layer as for forty.
+One implementation serves Llama, Mistral, DeepSeek-Coder and Qwen2: the differences (rope scaling, windows, biases,
+grouped heads, tied heads) are data in ``ModelConfig``. Layers are stacked on a leading axis and scanned, so the
+program is the same size for forty layers as for one.
 
-The weights: ``{"embed": [V, D], "norm": [D], "lm_head": {"kernel": [D, V]}, "layers": {"input_norm": [L, D],
-"post_norm": [L, D], "q_proj": {"kernel": [L, in, out], "bias": [L, out]}, ...}}``; tied heads have no ``lm_head``, most
-linear layers no bias. A kernel may be ``Quantized``.
+Weights: ``{"embed": [V, D], "norm": [D], "lm_head": {"kernel": [D, V]}, "layers": {"input_norm": [L, D],
+"post_norm": [L, D], "q_proj": {"kernel": [L, in, out], "bias": [L, out]}, ...}}``; with a tied head there
+is no ``lm_head``, and most linear layers have no bias. A kernel may be ``Quantized``.
 
-A population of M adapters: ``{"q_proj": {"a": [M, L, in, R], "b": [M, L, R, out]}, ...}``, its head's with L = 1. Rows
-of a batch belong to members in order: the base's product runs once over all of them, and only the two thin products of
-LoRA are a member's own.
+Adapters of M members: ``{"q_proj": {"a": [M, L, in, R], "b": [M, L, R, out]}, ...}``, with L = 1 for the head. The rows
+of a batch are grouped by member, in order: the base matmul runs once over all rows, and only the two thin LoRA matmuls
+are per member.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from instrdiv.models.llama_config import ModelConfig, Rope
 #: The linear layers of a block, by the names that checkpoints and adapters use.
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: How attention is computed: by XLA, or by cuDNN's fused kernel (a GPU, and bfloat16).
+#: How attention is computed: by XLA, or by cuDNN's fused kernel (needs a GPU and bfloat16).
 ATTENTION = ("plain", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder and its weights; a pytree, whose configuration is static.
+    """A decoder and its weights; a pytree whose configuration is static.
 
     Attributes:
-      config: of the checkpoint.
-      weights: see above.
+      config: the checkpoint's configuration.
+      weights: see the module docstring.
     """
 
     config: ModelConfig
@@ -53,8 +53,8 @@ class Adapters(NamedTuple):
     """The adapters of a population of M members.
 
     Attributes:
-      pairs: see above.
-      scale: float32 [M], alpha over rank of every member.
+      pairs: see the module docstring.
+      scale: float32 [M], alpha / rank of each member.
     """
 
     pairs: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Adapters(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """A kernel in eight bits, symmetric, with one scale an output channel; dequantized in the product.
+    """A symmetric 8-bit kernel with one scale per output channel; dequantized in the matmul.
 
     Attributes:
       values: int8 [L, in, out].
@@ -74,12 +74,12 @@ class Quantized(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the decoder reads.
+    """The decoder's input.
 
     Attributes:
       tokens: int32 [B, T].
       positions: int32 [B, T], restarting in every segment.
-      segments: int32 [B, T]; 0 is padding. A token sees the tokens of its own segment up to itself.
+      segments: int32 [B, T]; 0 is padding. A token attends to its own segment, up to and including itself.
     """
 
     tokens: jax.Array
@@ -88,12 +88,12 @@ class Rows(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far.
+    """Keys and values of the tokens read so far.
 
     Attributes:
       keys, values: [L, B, S, K, head_dim].
-      segments: int32 [B, S]; 0 where nothing was written.
-      length: int32 scalar, places written.
+      segments: int32 [B, S]; 0 where nothing has been written.
+      length: int32 scalar, number of positions written.
     """
 
     keys: jax.Array
@@ -103,7 +103,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, rows: int, places: int, precision: Any) -> Cache:
-    """A cache for so many rows of so many tokens, prompt and answer together."""
+    """An empty cache for ``rows`` rows of ``places`` tokens each, prompt and answer together."""
     shape = (config.layers, rows, places, config.kv_heads, config.head_dim)
     empty = jnp.zeros(shape, precision)
     return Cache(empty, empty, jnp.zeros((rows, places), jnp.int32), jnp.int32(0))
@@ -119,19 +119,19 @@ def hidden(
     remat: bool = False,
     attention: str = "plain",
 ) -> tuple[jax.Array, Cache | None]:
-    """The last hidden states, normalized.
+    """The final hidden states, after the last norm.
 
     Args:
       model: its kernels are cast to ``precision`` where they are used.
       rows: B rows; with adapters of M members, row i belongs to member i // (B // M).
-      adapters: of a population; None for the model itself.
-      cache: of earlier tokens of these rows; None where ``rows`` is all there is.
-      precision: dtype that activations have; norms and softmax are in float32.
-      remat: keep only the input of every layer for the backward pass.
+      adapters: a population's adapters; None for the base model alone.
+      cache: keys and values of earlier tokens of these rows; None if there are no earlier tokens.
+      precision: dtype of activations; norms and softmax are in float32.
+      remat: keep only each layer's input for the backward pass.
       attention: see ``ATTENTION``.
 
     Returns:
-      [B, T, D] of ``precision``, and the cache with these tokens in it (None if none was given).
+      [B, T, D] in ``precision``, and the cache with these tokens added (None if no cache was given).
     """
     config, weights = model.config, model.weights
     pairs, scale = adapters or Adapters({}, None)
@@ -178,7 +178,7 @@ def hidden(
 
 
 def logits(model: Model, x: jax.Array, adapters: Adapters | None = None) -> jax.Array:
-    """float32 [B, T, V] of hidden states [B, T, D]; arguments as for ``hidden``."""
+    """Logits float32 [B, T, V] from hidden states [B, T, D]; arguments as for ``hidden``."""
     weights, (pairs, scale) = model.weights, adapters or Adapters({}, None)
     if model.config.tied_head:
         kernel = weights["embed"].astype(x.dtype)
@@ -189,13 +189,13 @@ def logits(model: Model, x: jax.Array, adapters: Adapters | None = None) -> jax.
 
 
 class _Linear:
-    """The linear layers of one block, each with what the adapters add to it."""
+    """The linear layers of one block, each with its adapters' contribution added."""
 
     def __init__(self, layer: Mapping[str, Any], adapters: Mapping[str, Any], scale: Any, result: Any = None):
         self.layer, self.adapters, self.scale, self.result = layer, adapters, scale, result
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
-        """[B, T, out] of x [B, T, in]."""
+        """Maps x [B, T, in] to [B, T, out]."""
         layer, result = self.layer[name], self.result or x.dtype
         y = product(x, layer["kernel"], result)
         if "bias" in layer:
@@ -210,8 +210,8 @@ class _Linear:
 
 
 def product(x: jax.Array, kernel: jax.Array | Quantized, result: Any = None) -> jax.Array:
-    """x [..., in] times a kernel [in, out] as it is stored; the sum has the dtype ``result``, by default that of x."""
-    # The cast kernel is made anew for the backward pass: kept, those of all layers would be a second, larger base.
+    """x [..., in] times a stored kernel [in, out]; the result has dtype ``result``, by default that of x."""
+    # Cast the kernel again in the backward pass: storing the cast kernels of all layers would be a second, larger base.
     return jax.checkpoint(_product, static_argnums=2, prevent_cse=False)(x, kernel, result or x.dtype)
 
 
@@ -223,12 +223,12 @@ def _product(x: jax.Array, kernel: jax.Array | Quantized, result: Any) -> jax.Ar
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """float32 [head_dim / 2]: radians a position of every pair of channels, as the rope type scales them."""
+    """float32 [head_dim / 2]: radians per position for each pair of channels, scaled according to the rope type."""
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.kind == "linear":
         inverse = inverse / rope.factor
     elif rope.kind == "llama3":
-        # Slow rotations are stretched by the factor, fast ones kept, those between interpolated.
+        # Slow rotations are slowed down by the factor, fast ones kept, and those in between interpolated.
         turns = rope.original_positions * inverse / (2 * math.pi)
         low, high = rope.low_frequency_factor, rope.high_frequency_factor
         kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -237,7 +237,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions on [B, T, heads, head_dim]; a pair is a channel of the first half and one of the second."""
+    """Rotary positions on [B, T, heads, head_dim]; each pair is a channel of the first half and one of the second."""
     cosine, sine = rotation
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
@@ -250,5 +250,5 @@ def _rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _write(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Stores [B, T, ...] at places ``start`` and after of [B, S, ...]."""
+    """Writes ``new`` [B, T, ...] into ``stored`` [B, S, ...], starting at position ``start``."""
     return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), start, axis=1)

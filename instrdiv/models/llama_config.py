@@ -1,7 +1,7 @@
-"""What a checkpoint's ``config.json`` asks of the decoder, read as Transformers reads it; what we lack is refused.
+"""A checkpoint's ``config.json`` as a ``ModelConfig``, read as Transformers reads it; unsupported options are rejected.
 
-A field that Transformers' own class for the model ignores is ignored here: it changes nothing there either. So is
-dropout, which does nothing where nothing but adapters is trained.
+Fields that Transformers' own class for the model ignores are ignored here, too. So is dropout: it has no effect when
+only adapters are trained.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from instrdiv.runtime.errors import BadInput
 
 
 class _Family(NamedTuple):
-    """A model type: its class in Transformers, and what that takes where config.json says nothing."""
+    """A model type: its Transformers class, and the defaults that class uses where config.json omits a field."""
 
     architecture: str
-    kv_heads: int | None  # None: as many as heads
+    kv_heads: int | None  # None: same as the number of heads
     begin_token: int | None
     end_token: int | None
 
@@ -29,10 +29,10 @@ _FAMILIES = {
     "mistral": _Family("MistralForCausalLM", 8, 1, 2),
     "qwen2": _Family("Qwen2ForCausalLM", 32, None, None),
 }
-_WINDOW = 4096  # of Mistral and Qwen2, where there is one and nothing is said of its length
+_WINDOW = 4096  # Mistral and Qwen2, if they use a window and its length is not given
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _SILU = ("silu", "swish")
-#: More than any model has; a mistaken number would fill the memory before any file is looked at.
+#: More than any model has; a wrong number would exhaust memory before any weight file is read.
 _MOST_LAYERS = 10_000
 
 #: How positions may be scaled.
@@ -41,15 +41,15 @@ ROPE_KINDS = ("default", "linear", "llama3")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: how fast each pair of channels turns (see ``llama.frequencies``).
+    """Rotary positions: how fast each pair of channels rotates (see ``llama.frequencies``).
 
     Attributes:
       theta: base of the wavelengths.
-      kind: one of ``ROPE_KINDS``: as they are; all slower by ``factor``; or Llama 3.1's, where the slow ones are.
-      factor: linear, llama3.
-      low_frequency_factor, high_frequency_factor: llama3; turns within ``original_positions`` below which a pair is
-        slowed by all of ``factor``, and above which it is not.
-      original_positions: llama3; tokens that the model could read before.
+      kind: one of ``ROPE_KINDS``: unscaled; all pairs slowed by ``factor``; or Llama 3.1's, only slow pairs slowed.
+      factor: how much pairs are slowed; linear and llama3.
+      low_frequency_factor, high_frequency_factor: llama3; a pair that makes fewer turns than the first within
+        ``original_positions`` is slowed by the full ``factor``; one that makes more than the second is not slowed.
+      original_positions: llama3; the context length before scaling, in tokens.
     """
 
     theta: float = 10_000.0
@@ -62,19 +62,19 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family. Hashable: it decides shapes and code.
+    """A decoder of the Llama family. Hashable, because it determines shapes and the compiled program.
 
     Attributes:
       architecture: its class in Transformers.
       vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: sizes.
       norm_epsilon: of RMSNorm.
       rope: rotary positions.
-      max_positions: tokens a row that the model is made for.
-      windows: of each layer, how many tokens one sees, itself included; None for all before it.
+      max_positions: the longest row that the model was made for, in tokens.
+      windows: per layer, the number of tokens that a token attends to, itself included; None for all earlier ones.
       qkv_bias, output_bias, mlp_bias: whether those linear layers have biases.
-      tied_head: the head is the embedding.
-      begin_token: that a text starts with; None where the model knows none.
-      end_tokens: any of them ends an answer.
+      tied_head: the head shares the embedding's weights.
+      begin_token: the token that a text starts with; None if the model has none.
+      end_tokens: any of these ends an answer.
     """
 
     architecture: str
@@ -98,10 +98,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
-        """Reads a config.json: its path, its directory's, or what is in it; spelled as by Transformers 4 or 5.
+        """Reads a config.json, given its path, its directory, or its content; as written by Transformers 4 or 5.
 
         Raises:
-          BadInput: it cannot be read, or asks for what is not supported; names the file and the field.
+          BadInput: it cannot be read, or requires something unsupported; names the file and the field.
         """
         if isinstance(source, Mapping):
             return _read(_Fields("config.json", source))
@@ -110,18 +110,18 @@ class ModelConfig:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise BadInput(f"{path}: there is no such file; a checkpoint is a directory with config.json, tokenizer "
-                           "and *.safetensors, as save_pretrained writes it") from None  # fmt: skip
+            raise BadInput(f"{path}: there is no such file; a checkpoint is a directory with config.json, a tokenizer "
+                           "and *.safetensors, as written by save_pretrained") from None  # fmt: skip
         except (OSError, ValueError) as error:
-            raise BadInput(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
+            raise BadInput(f"{path}: cannot be read as JSON ({error}); download it again") from None
         if not isinstance(content, dict):
-            raise BadInput(f"{path}: must be a JSON object, as save_pretrained writes it")
+            raise BadInput(f"{path}: must be a JSON object, as written by save_pretrained")
         return _read(_Fields(str(path), content))
 
     def to_json(self) -> dict[str, Any]:
-        """What a config.json must say for this decoder; Transformers 4 and 5 both read it.
+        """The config.json of this decoder, readable by Transformers 4 and 5.
 
-        Raises BadInput where the architecture lacks something: windows in a Llama, say.
+        Raises BadInput if the architecture lacks something, such as windows in a Llama.
         """
         families = {family.architecture: name for name, family in _FAMILIES.items()}
         window = next((window for window in self.windows if window is not None), None)
@@ -168,13 +168,13 @@ class ModelConfig:
         read = self.from_json(fields)
         lost = [f.name for f in dataclasses.fields(self) if getattr(read, f.name) != getattr(self, f.name)]
         if lost:
-            raise BadInput(f"{lost[0]}={getattr(self, lost[0])}: a {self.architecture} cannot have it, and would be "
-                           f"read with {getattr(read, lost[0])}")  # fmt: skip
+            raise BadInput(f"{lost[0]}={getattr(self, lost[0])}: not supported by {self.architecture}; it would be "
+                           f"read as {getattr(read, lost[0])}")  # fmt: skip
         return fields
 
 
 class _Fields:
-    """Fields of a JSON object, each checked as it is asked for."""
+    """Fields of a JSON object, each checked when it is read."""
 
     def __init__(self, where: str, fields: Mapping[str, Any]):
         self.where, self.fields = where, fields
@@ -184,7 +184,7 @@ class _Fields:
         return BadInput(f"{self.where}: {name}={value if isinstance(value, str) else json.dumps(value)}: {remedy}")
 
     def whole(self, name: str, default: int | None = None, low: int = 1) -> int:
-        """A whole number; where it is missing or null, the default, if there is one."""
+        """A whole number; if missing or null, the default, if there is one."""
         value = self.fields.get(name)
         value = default if value is None else value
         if value is None:
@@ -194,7 +194,7 @@ class _Fields:
         return value
 
     def positive(self, name: str, default: float | None = None) -> float:
-        """A positive number; where it is missing or null, the default, if there is one."""
+        """A positive number; if missing or null, the default, if there is one."""
         value = self.fields.get(name)
         value = default if value is None else value
         if value is None:
@@ -204,7 +204,7 @@ class _Fields:
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """true or false; false where it is missing or null."""
+        """true or false; false if missing or null."""
         value = self.fields.get(name)
         if value not in (None, True, False):
             raise self.refuse(name, "must be true or false")
@@ -220,27 +220,27 @@ def _read(config: _Fields) -> ModelConfig:
         raise config.refuse("model_type", f"is not supported; supported are {known}")
     family = _FAMILIES[model_type]
     if config.fields.get("architectures") not in (None, [family.architecture]):
-        raise config.refuse("architectures", f'is not supported; of a {model_type}, ["{family.architecture}"] is')
+        raise config.refuse("architectures", f'is not supported; for {model_type}, use ["{family.architecture}"]')
     if config.fields.get("hidden_act") not in (None, *_SILU):
-        raise config.refuse("hidden_act", f"is not supported; supported is {_SILU[0]}")
+        raise config.refuse("hidden_act", f"is not supported; only {_SILU[0]} is")
     if config.fields.get("quantization_config") is not None:
-        raise config.refuse("quantization_config", "quantized checkpoints are not supported; take the original one, "
+        raise config.refuse("quantization_config", "quantized checkpoints are not supported; use the original one, "
                             "whose weights can be held in 8 bits")  # fmt: skip
     if config.fields.get("per_layer_config") is not None:
-        raise config.refuse("per_layer_config", "layers that differ are not supported")
+        raise config.refuse("per_layer_config", "layers with different configurations are not supported")
 
     heads, width = config.whole("num_attention_heads"), config.whole("hidden_size")
-    # Not there at all, or null: Transformers tells the two apart.
+    # Transformers treats a missing field and a null one differently.
     kv_heads = config.whole("num_key_value_heads", heads)
     if "num_key_value_heads" not in config.fields and family.kv_heads is not None:
         kv_heads = family.kv_heads
     if heads % kv_heads:
         raise BadInput(f"{config.where}: num_key_value_heads={kv_heads}: must divide num_attention_heads={heads}")
     if config.fields.get("head_dim") is None and width % heads:
-        raise config.refuse("hidden_size", f"must be a multiple of num_attention_heads={heads}, or head_dim be given")
+        raise config.refuse("hidden_size", f"must be a multiple of num_attention_heads={heads}, or give head_dim")
     head_dim = config.whole("head_dim", width // heads)
     if head_dim % 2:
-        raise BadInput(f"{config.where}: head_dim={head_dim}: must be even, channels are rotated in pairs")
+        raise BadInput(f"{config.where}: head_dim={head_dim}: must be even, because channels are rotated in pairs")
     layers, max_positions = config.whole("num_hidden_layers"), config.whole("max_position_embeddings")
     if layers > _MOST_LAYERS:
         raise config.refuse("num_hidden_layers", f"must be at most {_MOST_LAYERS}")
@@ -271,7 +271,7 @@ def _rope(config: _Fields, max_positions: int) -> Rope:
     name = "rope_scaling" if config.fields.get("rope_scaling") else "rope_parameters"
     given = config.fields.get(name) or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        raise config.refuse(name, "must be one flat object; ropes that differ by layer are not supported")
+        raise config.refuse(name, "must be a flat object; per-layer ropes are not supported")
     scaling = _Fields(f"{config.where}: {name}", given)
     spelling = "rope_type" if "rope_type" in given else "type"
     kind = given.get(spelling, "default")
@@ -279,7 +279,7 @@ def _rope(config: _Fields, max_positions: int) -> Rope:
         raise scaling.refuse(spelling, f"is not supported; supported are {', '.join(ROPE_KINDS)}")
     for fields in (scaling, config):
         if fields.positive("partial_rotary_factor", 1.0) != 1.0:
-            raise fields.refuse("partial_rotary_factor", "is not supported; all of a head is rotated")
+            raise fields.refuse("partial_rotary_factor", "is not supported; must be 1")
     theta = scaling.positive("rope_theta", config.positive("rope_theta", 10_000.0))
     if kind == "default":
         return Rope(theta)
@@ -289,14 +289,14 @@ def _rope(config: _Fields, max_positions: int) -> Rope:
     low, high = scaling.positive("low_freq_factor"), scaling.positive("high_freq_factor")
     if high <= low:
         raise scaling.refuse("high_freq_factor", f"must exceed low_freq_factor={low}")
-    # Where Transformers looks for it, in its order.
+    # The places where Transformers looks, in the same order of precedence.
     original = scaling.whole("original_max_position_embeddings", max_positions)
     original = config.whole("original_max_position_embeddings", original)
     return Rope(theta, kind, factor, low, high, original)
 
 
 def _windows(config: _Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Of each layer, how many tokens one sees; None for all before it."""
+    """Per layer, the number of tokens that a token attends to; None for all earlier ones."""
     has_window = model_type == "mistral" or (model_type == "qwen2" and config.flag("use_sliding_window"))
     window = None
     if has_window and config.fields.get("sliding_window", _WINDOW) is not None:
@@ -309,20 +309,20 @@ def _windows(config: _Fields, model_type: str, layers: int) -> tuple[int | None,
     if given is None or given == types:
         return tuple(None if kind == _FULL else window for kind in types)
     if not isinstance(given, list) or len(given) != layers or not set(given) <= {_FULL, _SLIDING}:
-        raise config.refuse("layer_types", f"must be a list of {layers}, each {_FULL} or {_SLIDING}")
+        raise config.refuse("layer_types", f"must be a list of {layers} entries, each {_FULL} or {_SLIDING}")
     if model_type != "qwen2":
-        raise config.refuse("layer_types", f"layers that differ are not supported in a {model_type}")
+        raise config.refuse("layer_types", f"a mixture of layer types is not supported for {model_type}")
     if window is None:
-        raise config.refuse("layer_types", f"{_SLIDING} needs use_sliding_window and sliding_window")
+        raise config.refuse("layer_types", f"{_SLIDING} requires use_sliding_window and sliding_window")
     return tuple(None if kind == _FULL else window for kind in given)
 
 
 def _token_ids(config: _Fields, name: str, default: int | None) -> list[int | None]:
-    """One token id or several; ``[None]`` for none."""
+    """The token ids in a field that holds one or several; ``[None]`` for none."""
     given = config.fields.get(name, default)
     ids = given if isinstance(given, list) else [given]
     if not ids or not all(i is None or (isinstance(i, int) and not isinstance(i, bool) and i >= 0) for i in ids):
-        raise config.refuse(name, "must be a token's number, or a list of them")
+        raise config.refuse(name, "must be a token id or a list of token ids")
     if any(i is not None and i >= config.whole("vocab_size") for i in ids):
         raise config.refuse(name, f"must be below vocab_size={config.whole('vocab_size')}")
     return ids

@@ -1,9 +1,10 @@
-"""LoRA: adapters of a population, padded to one rank; merging; PEFT's files in and out.
+"""LoRA: a population's adapters, padded to a common rank; merging; reading and writing PEFT files.
 
-An *adapter* is one member's: ``{"q_proj": {"a": [L, in, r], "b": [L, r, out]}, ...}`` with what it targets, at its own
-rank (the head's with L = 1). *Adapters* are a population's: the same with a leading axis M, with all that any member
-targets, and R the largest rank. A member's part beyond its own rank and targets is zero in a AND b, so its gradients
-are zero, and it stays so: rank, alpha and targets are data, and members that differ in them share one program.
+An *adapter* belongs to one member: ``{"q_proj": {"a": [L, in, r], "b": [L, r, out]}, ...}``, with the layers it targets
+at its own rank (L = 1 for the head). *Adapters* belong to a population: the same with a leading axis M, every layer
+that any member targets, and R, the largest rank. Beyond a member's own rank and targets, both a AND b are zero, so
+their gradients are zero and they stay zero. So rank, alpha and targets are data, and members that differ in them share
+one program.
 
 A linear layer computes ``y = x @ kernel + scale * (x @ a) @ b``, scale = alpha / rank.
 """
@@ -29,7 +30,7 @@ from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.fields import at_least, field, positive
 from instrdiv.runtime.files import replacing
 
-#: What can be targeted, in the order that tables name it; the order decides initial weights, too.
+#: Layers that can be targeted, in the order used in tables; initial weights depend on this order, too.
 TARGETS = (*BLOCK_LINEAR, "lm_head")
 
 Adapter = dict[str, dict[str, Any]]
@@ -37,27 +38,27 @@ Adapter = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What a member's adapter is. The fields are flags, ``--config.<field>``.
+    """The configuration of a member's adapter. The fields are flags, ``--config.<field>``.
 
     Attributes:
-      rank: columns of a.
-      alpha: over the rank, it scales what the adapter adds.
-      targets: names of ``TARGETS``; or ``all-linear``, as PEFT has it: those of the blocks, not the head.
+      rank: number of columns of a.
+      alpha: the adapter's output is scaled by alpha / rank.
+      targets: names from ``TARGETS``; or ``all-linear``, as in PEFT: all linear layers of the blocks, but not the head.
 
-    Raises BadInput where there is no such adapter.
+    Raises BadInput if the values are not valid.
     """
 
-    rank: int = field(8, "of the adapters", bound=at_least(1))
-    alpha: float = field(16.0, "what an adapter adds is scaled by alpha over rank", bound=positive)
-    targets: tuple[str, ...] | str = field("all-linear", f"linear layers that are adapted, of {', '.join(TARGETS)}")
+    rank: int = field(8, "rank of the adapters", bound=at_least(1))
+    alpha: float = field(16.0, "LoRA alpha; an adapter's output is scaled by alpha / rank", bound=positive)
+    targets: tuple[str, ...] | str = field("all-linear", f"linear layers to adapt, out of {', '.join(TARGETS)}")
 
     def __post_init__(self):
         names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         names = BLOCK_LINEAR if names == ("all-linear",) else names
         unknown = [name for name in names if name not in TARGETS]
         if unknown or not names:
-            raise BadInput(f"--targets={','.join(names)}: {unknown[0] if unknown else 'nothing'} is no linear layer of "
-                           f"these models; targets are {', '.join(TARGETS)}, or all-linear")  # fmt: skip
+            raise BadInput(f"--targets={','.join(names)}: {unknown[0] if unknown else 'nothing'} is not a linear layer "
+                           f"of these models; choose from {', '.join(TARGETS)}, or all-linear")  # fmt: skip
         if self.rank < 1:
             raise BadInput(f"--rank={self.rank}: must be at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -69,33 +70,33 @@ class Lora:
         return self.alpha / self.rank
 
     def validate(self, config: ModelConfig) -> None:
-        """Raises BadInput where a model has nothing of its own that is targeted."""
+        """Raises BadInput if the head is targeted but the model's head is tied to its embedding."""
         if "lm_head" in self.targets and config.tied_head:
-            raise BadInput("--targets=lm_head: the head of this model is its embedding (tie_word_embeddings); "
+            raise BadInput("--targets=lm_head: this model's head is tied to its embedding (tie_word_embeddings); "
                            "target the other layers")  # fmt: skip
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """(L, in, out) of every linear layer of a model; a tied head is none."""
+    """(L, in, out) of every linear layer of a model; a tied head is not included."""
     kernels = [leaf for leaf in leaves(config) if leaf.is_kernel]
     return {leaf.path[-2]: (leaf.layers or 1, leaf.shape[0], leaf.shape[1]) for leaf in kernels}
 
 
 def scales(loras: Sequence[Lora]) -> np.ndarray:
-    """float32 [M]: alpha over rank."""
+    """float32 [M]: alpha / rank."""
     return np.array([lora.scale for lora in loras], np.float32)
 
 
 def init_adapters(config: ModelConfig, loras: Sequence[Lora], seeds: Any) -> Adapter:
-    """The adapters of a population before training, float32: a uniform as PEFT's (Kaiming, a = sqrt 5), b zero.
+    """A population's adapters before training, float32: a is uniform as in PEFT (Kaiming, a = sqrt 5), b is zero.
 
     Args:
-      config: of the base model.
-      loras: of the members.
+      config: the base model's.
+      loras: the members' adapter configurations.
       seeds: uint32 [M]; may be traced.
 
-    Every number depends on its member's seed, its layer, and its row and column alone: not on the other members, nor
-    on the rank that all are padded to. What lies beyond a member's own rank and targets is zero.
+    Every entry depends only on its member's seed, its layer, and its row and column: not on the other members or on
+    the common padded rank. Entries beyond a member's own rank and targets are zero.
     """
     rank = max(lora.rank for lora in loras)
     ranks = jnp.asarray([lora.rank for lora in loras])
@@ -124,7 +125,7 @@ def init_adapters(config: ModelConfig, loras: Sequence[Lora], seeds: Any) -> Ada
 
 
 def stack_adapters(config: ModelConfig, loras: Sequence[Lora], adapters: Sequence[Adapter]) -> Adapter:
-    """The members' adapters as a population's, padded with zeros (numpy, float32)."""
+    """Stacks the members' adapters into a population's, padded with zeros (numpy, float32)."""
     rank = max(lora.rank for lora in loras)
     stacked: Adapter = {}
     for name in TARGETS:
@@ -141,7 +142,7 @@ def stack_adapters(config: ModelConfig, loras: Sequence[Lora], adapters: Sequenc
 
 
 def adapter_of(adapters: Adapter, row: int, lora: Lora) -> Adapter:
-    """One member's adapter, with its own rank and targets, out of a population's."""
+    """Extracts one member's adapter, at its own rank and targets, from a population's."""
     return {
         name: {"a": adapters[name]["a"][row, :, :, : lora.rank], "b": adapters[name]["b"][row, :, : lora.rank]}
         for name in lora.targets
@@ -149,9 +150,9 @@ def adapter_of(adapters: Adapter, row: int, lora: Lora) -> Adapter:
 
 
 def merge(weights: Mapping[str, Any], lora: Lora, adapter: Adapter, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """The weights of one member alone: base and adapter as one tree, which needs no adapter to be run.
+    """Merges one member's adapter into the base: one tree of weights, which runs without an adapter.
 
-    Kernels keep their dtype; the sums are taken in float32. Eight bits cannot hold the sum, so every ``Quantized``
+    Kernels keep their dtype; sums are computed in float32. Eight bits cannot hold the sum, so every ``Quantized``
     kernel, targeted or not, becomes an array of ``dtype``.
     """
 
@@ -172,13 +173,13 @@ def merge(weights: Mapping[str, Any], lora: Lora, adapter: Adapter, dtype: Any =
     return {**weights, "layers": layers, **head}
 
 
-#: Options that do not change what a trained adapter computes.
+#: PEFT options that we accept with any value: either we read them, or they do not change what the adapter computes.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "lora_alpha"),
     *("lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision"),
     *("runtime_config", "target_modules", "use_rslora"),
 }
-#: Options that may have other values than none, and those; of the initial weights, those that leave the base as it is.
+#: Options that must be unset or have one of these values; of the initializations, those that leave the base unchanged.
 _ALLOWED = {
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
@@ -187,21 +188,21 @@ _ALLOWED = {
 
 
 def _tensor_names(config: ModelConfig, target: str) -> list[tuple[str, str]]:
-    """PEFT's names of the a and b of every layer of a target."""
+    """PEFT's tensor names for the a and b of every layer of a target."""
     (leaf,) = [leaf for leaf in leaves(config) if leaf.path[-2:] == (target, "kernel")]
     stems = [f"base_model.model.{name.removesuffix('.weight')}" for name in leaf.names()]
     return [(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") for stem in stems]
 
 
 def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, base: str | None = None) -> None:
-    """Writes an adapter as a directory that ``peft.PeftModel.from_pretrained`` reads, in place of what is there.
+    """Writes an adapter as a directory that ``peft.PeftModel.from_pretrained`` reads, overwriting existing files.
 
     Args:
-      out: the directory; made if need be.
-      config: of the base model; ``base`` is its name or path, for those who look for it.
-      lora, adapter: what it is; arrays of any kind.
+      out: the directory; created if it does not exist.
+      config: the base model's; ``base`` is its name or path, recorded in adapter_config.json.
+      lora, adapter: its configuration and arrays, of any array type.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     tensors = {}
     for name in lora.targets:
@@ -233,26 +234,26 @@ def write_adapter(out: Path, config: ModelConfig, lora: Lora, adapter: Adapter, 
 
 
 def read_adapter(path: Path | str, config: ModelConfig, base: str | None = None) -> tuple[Lora, Adapter]:
-    """Reads an adapter as PEFT writes it (``adapter_config.json``, ``adapter_model.safetensors``).
+    """Reads an adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``).
 
     Args:
       path: the directory.
-      config: of the base model it is for.
-      base: the base model's name or path; where both it and the adapter name one, the last parts must agree.
+      config: of the base model that the adapter is for.
+      base: the base model's name or path; if the adapter names its base, too, the last path components must match.
 
     Returns:
-      What it is, and its arrays, numpy float32. rsLoRA comes as the plain LoRA that computes the same. Dropout is of
-      training, and left out; so is the copy of the base's head that PEFT adds where the head is targeted.
+      Its configuration, and its arrays, numpy float32. rsLoRA is converted to the equivalent plain LoRA. Dropout, used
+      only in training, is dropped; so is the copy of the base's head that PEFT adds if the head is targeted.
 
     Raises:
-      BadInput: it is no LoRA adapter, has options that we do not support, or was made for another base.
+      BadInput: it is not a LoRA adapter, has unsupported options, or was made for a different base.
     """
     path = Path(path)
     said = _read_config(path / "adapter_config.json")
     made_for = said.get("base_model_name_or_path")
     if base and made_for and Path(base).name.lower() != Path(made_for).name.lower():
         raise BadInput(f"{path / 'adapter_config.json'}: base_model_name_or_path is {made_for}, not {base}; "
-                       "use the adapter with its own base, or correct the entry if they are the same")  # fmt: skip
+                       "use the adapter with its own base, or correct the entry if both are the same")  # fmt: skip
     tensors = _read_tensors(path / "adapter_model.safetensors")
     file = path / "adapter_model.safetensors"
     targets = tuple(n for n in TARGETS if any(f".{n}.lora_" in tensor for tensor in tensors))
@@ -262,9 +263,9 @@ def read_adapter(path: Path | str, config: ModelConfig, base: str | None = None)
             raise BadInput(f"{path / 'adapter_config.json'}: target_modules names {name}; "
                            f"supported are {', '.join(TARGETS)}")  # fmt: skip
         if name.rpartition(".")[2] not in targets:
-            raise BadInput(f"{file}: has no tensor of {name}, which target_modules of adapter_config.json names")
+            raise BadInput(f"{file}: has no tensor for {name}, which is in target_modules of adapter_config.json")
     if not targets:
-        raise BadInput(f"{file}: has no LoRA tensor of {', '.join(TARGETS)}")
+        raise BadInput(f"{file}: has no LoRA tensor for any of {', '.join(TARGETS)}")
     rank, alpha = said["r"], said["lora_alpha"]
     lora = Lora(rank, alpha * math.sqrt(rank) if said.get("use_rslora") else alpha, targets)
     lora.validate(config)
@@ -275,29 +276,29 @@ def read_adapter(path: Path | str, config: ModelConfig, base: str | None = None)
         for names in _tensor_names(config, target):
             for tensor, part, shape in zip(names, "ab", ((rank, inputs), (outputs, rank)), strict=True):
                 if tensor not in tensors:
-                    raise BadInput(f"{file}: lacks {tensor}; it is damaged, or made for another base")
+                    raise BadInput(f"{file}: lacks {tensor}; it is damaged or was made for a different base")
                 found = tensors.pop(tensor)
                 if found.shape != shape:
-                    raise BadInput(f"{file}: {tensor} is {list(found.shape)}, not {list(shape)} as rank {rank} and "
-                                   "this base ask; it was made for another base")  # fmt: skip
+                    raise BadInput(f"{file}: {tensor} is {list(found.shape)}, not {list(shape)} as expected for rank "
+                                   f"{rank} and this base; it was made for a different base")  # fmt: skip
                 if not np.isfinite(found).all():
-                    raise BadInput(f"{file}: {tensor} has numbers that are not finite; it is damaged")
+                    raise BadInput(f"{file}: {tensor} has non-finite values; it is damaged")
                 parts[part].append(np.ascontiguousarray(found.astype(np.float32).T))
         adapter[target] = {part: np.stack(arrays) for part, arrays in parts.items()}
     head = (config.vocab_size, config.width)
     left = [n for n, t in tensors.items() if not (n.endswith(".lm_head.base_layer.weight") and t.shape == head)]
     if left:
-        raise BadInput(f"{file}: {left[0]} has no place in this base; it was made for another one")
+        raise BadInput(f"{file}: {left[0]} does not exist in this base; the adapter was made for a different one")
     return lora, adapter
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """What ``adapter_config.json`` says; BadInput for what we do not support. An option not known yet counts, too."""
+    """Reads ``adapter_config.json``; raises BadInput for options that are unsupported or unknown."""
     try:
         said = json.loads(file.read_text())
         kind = said.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{file}: cannot be read as an adapter's configuration ({error})") from None
+        raise BadInput(f"{file}: cannot be read as an adapter configuration ({error})") from None
     if kind != "LORA":
         raise BadInput(f"{file}: peft_type is {kind}; only LORA is supported")
     for name, value in said.items():
@@ -309,17 +310,17 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise BadInput(f"{file}: {name} is {json.dumps(value)}; it must be a positive number")
     base, named = said.get("base_model_name_or_path"), said.get("target_modules")
     if not isinstance(base, str | None):
-        raise BadInput(f"{file}: base_model_name_or_path is {json.dumps(base)}; it must be a name")
+        raise BadInput(f"{file}: base_model_name_or_path is {json.dumps(base)}; it must be a string")
     if not all(isinstance(name, str) for name in (named if isinstance(named, list) else [named or ""])):
-        raise BadInput(f"{file}: target_modules is {json.dumps(named)}; it must be names of layers")
+        raise BadInput(f"{file}: target_modules is {json.dumps(named)}; it must be layer names")
     return said
 
 
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, mapped from it."""
+    """All tensors of a safetensors file, memory-mapped."""
     if not file.is_file():
         pickled = file.with_suffix(".bin")
-        remedy = f"; {pickled.name} is pickled and never read: convert it with safetensors" if pickled.exists() else ""
+        remedy = f"; {pickled.name} is pickled and never read: convert it to safetensors" if pickled.exists() else ""
         raise BadInput(f"{file}: there is no such file{remedy}")
     tensors = {tensor.name: tensor for tensor in tensors_in(file)}
     for name, tensor in tensors.items():

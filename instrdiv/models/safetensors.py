@@ -1,7 +1,7 @@
-"""The safetensors format: headers that are checked, and tensors that are mapped, not read.
+"""The safetensors format: validates headers, and memory-maps tensors instead of reading them.
 
-The format is a header in JSON and raw numbers (https://github.com/huggingface/safetensors); it is read here, without
-its library, so that a damaged file can be told from a good one, tensor by tensor.
+A file is a JSON header followed by raw numbers (https://github.com/huggingface/safetensors). It is parsed here, without
+the safetensors library, to detect damage tensor by tensor.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.sharding import Sharding
 from instrdiv.runtime.errors import BadInput
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-#: What safetensors names the dtypes that are read.
+#: The supported dtypes, by their safetensors names.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 
 def header_of(tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> bytes:
-    """What a safetensors file begins with, given the shapes and dtypes of its tensors; their numbers follow in turn."""
+    """The header of a safetensors file with tensors of these shapes and dtypes; their data must follow in order."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
     file: Path
     name: str
-    dtype: str  # as the file has it
+    dtype: str  # as named in the file
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
 
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
         return np.asarray(np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape))
 
     def on_device(self, sharding: Sharding) -> jax.Array:
-        """The tensor as it is, each device's part read by itself."""
+        """The tensor, unconverted, with each device's part read separately."""
         mapped = self.map()
         return jax.make_array_from_callback(self.shape, sharding, lambda index: mapped[index])
 
@@ -68,21 +68,21 @@ def _stored_tensors(directory: Path) -> dict[str, Stored]:
         by_file: dict[str, list[str]] = {}
         for name, file in places.items():
             if Path(file).name != file:
-                raise ValueError(f"{name} is said to be in {file}, which is no name of a file")
+                raise ValueError(f"{name} is listed under {file}, which is not a plain file name")
             by_file.setdefault(file, []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = "lacks the field weight_map" if isinstance(error, KeyError) else str(error)
-        raise BadInput(f"{index}: cannot be read ({what}); fetch it again") from None
+        raise BadInput(f"{index}: cannot be read ({what}); download it again") from None
     found: dict[str, Stored] = {}
     for file, names in sorted(by_file.items()):
         path = directory / file
         if not path.is_file():
-            raise BadInput(f"{path}: is missing; {_INDEX} says that it has {names[0]} and {len(names) - 1} other "
-                           "tensors; fetch it again")  # fmt: skip
+            raise BadInput(f"{path}: is missing; according to {_INDEX}, it has {names[0]} and "
+                           f"{len(names) - 1} other tensors; download it again")  # fmt: skip
         there = {tensor.name: tensor for tensor in tensors_in(path)}
         for name in names:
             if name not in there:
-                raise BadInput(f"{path}: lacks the tensor {name}, which {_INDEX} says that it has; fetch it again")
+                raise BadInput(f"{path}: lacks the tensor {name}, which {_INDEX} lists; download it again")
         found |= there
     return found
 
@@ -93,22 +93,22 @@ def _without_weights(directory: Path) -> str:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
     if pickled:
         return (
-            f"{directory / pickled[0]}: pickled weights are not read, for a pickle can run any code; where you trust "
+            f"{directory / pickled[0]}: pickled weights are not read, because a pickle can run any code; if you trust "
             "them, convert them: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
-    return f"{directory}: has neither {_SINGLE} nor {_INDEX}; fetch the checkpoint's *.safetensors"
+    return f"{directory}: has neither {_SINGLE} nor {_INDEX}; download the checkpoint's *.safetensors"
 
 
 def tensors_in(path: Path) -> Iterator[Stored]:
-    """The tensors of a safetensors file, which is long enough for all of them. Raises BadInput where it is damaged."""
+    """The tensors of a safetensors file, checked to fit in the file. Raises BadInput if it is damaged."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(start := file.read(8), "little")
             if start == b"version ":
-                raise ValueError("it is a pointer of Git LFS; git lfs pull fetches the file")
+                raise ValueError("it is a Git LFS pointer; run git lfs pull to download the file")
             if len(start) < 8 or length > size - 8:
-                raise ValueError(f"of {size} bytes, its header alone should have {length}")
+                raise ValueError(f"the file has {size} bytes, too few for a header of {length}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = [
@@ -116,18 +116,18 @@ def tensors_in(path: Path) -> Iterator[Stored]:
             for name, entry in header.items()
         ]
         if not all(isinstance(n, int) and n >= 0 for *ends, _, _, shape in entries for n in (*ends, *shape)):
-            raise ValueError("its header has places that are no numbers")
+            raise ValueError("its header has shapes or offsets that are not non-negative integers")
         if not all(isinstance(dtype, str) for *_, dtype, _ in entries):
-            raise ValueError("its header has dtypes that are no names")
+            raise ValueError("its header has dtypes that are not names")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadInput(f"{path}: is damaged, or no safetensors file ({error}); fetch it again") from None
+        raise BadInput(f"{path}: is damaged or not a safetensors file ({error}); download it again") from None
     for end, begin, name, dtype, shape in sorted(entries):
         if 8 + length + end > size:
-            raise BadInput(f"{path}: is damaged: its tensor {name} ends at byte {8 + length + end}, and the file at "
-                           f"{size}; fetch it again")  # fmt: skip
+            raise BadInput(f"{path}: is damaged: its tensor {name} ends at byte {8 + length + end}, but the file "
+                           f"ends at {size}; download it again")  # fmt: skip
         if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
             raise BadInput(f"{path}: is damaged: its tensor {name} of {list(shape)} {dtype} has {end - begin} bytes; "
-                           "fetch it again")  # fmt: skip
+                           "download it again")  # fmt: skip
         yield Stored(path, name, dtype, shape, 8 + length + begin)

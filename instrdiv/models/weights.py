@@ -1,7 +1,7 @@
-"""Weights of a checkpoint: from safetensors files to the decoder's tree, placed and cast, and back.
+"""Weights of a checkpoint: safetensors files to the decoder's tree, sharded and cast, and back.
 
-A tensor is mapped from its file, not read: every device takes its own part of it, in the file's dtype, and there it is
-transposed and cast, into its layer's place. So the host holds about one tensor at a time, however large the model is.
+Tensors are memory-mapped: each device reads its own part in the file's dtype, then transposes and casts it into its
+layer's slot. So the host holds about one tensor at a time, however large the model is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from instrdiv.models.safetensors import (
 )
 from instrdiv.runtime.errors import BadInput
 
-#: path in our tree -> the checkpoint's name ({} is the layer), and what our axes are. A kernel is stored transposed.
+#: Path in our tree -> name in the checkpoint ({} is the layer) and names of our axes. Kernels are stored transposed.
 TABLE: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("embed",): ("model.embed_tokens.weight", ("vocab", "width")),
     ("norm",): ("model.norm.weight", ("width",)),
@@ -53,7 +53,7 @@ TABLE: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("layers", "down_proj", "kernel"): ("model.layers.{}.mlp.down_proj.weight", ("mlp", "width")),
     ("layers", "down_proj", "bias"): ("model.layers.{}.mlp.down_proj.bias", ("width",)),
 }
-#: Ends of names that old checkpoints have besides: frequencies, which follow from config.json.
+#: Suffixes of other tensors in old checkpoints: rotary frequencies, which are computed from config.json instead.
 IGNORED = ("rotary_emb.inv_freq",)
 
 
@@ -61,11 +61,11 @@ class Leaf(NamedTuple):
     """An array of the tree.
 
     Attributes:
-      path: of keys in the tree.
-      name: of its tensor in a checkpoint; {} is the layer.
-      axes: what its axes are, without that of the layers.
-      shape: its lengths, likewise.
-      layers: tensors that are stacked in it, on a leading axis; None where there is no such axis.
+      path: its keys in the tree.
+      name: name of its tensor in a checkpoint; {} is the layer.
+      axes: names of its axes, without the layer axis.
+      shape: lengths of these axes.
+      layers: number of tensors stacked on the leading layer axis; None if it has no such axis.
     """
 
     path: tuple[str, ...]
@@ -80,7 +80,7 @@ class Leaf(NamedTuple):
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """With the axis of the layers."""
+        """The shape including the layer axis."""
         return self.shape if self.layers is None else (self.layers, *self.shape)
 
     @property
@@ -88,12 +88,12 @@ class Leaf(NamedTuple):
         return self.shape[::-1] if self.is_kernel else self.shape
 
     def names(self) -> list[str]:
-        """Of its tensors, by layer."""
+        """The names of its tensors, by layer."""
         return [self.name.format(layer) for layer in range(self.layers or 1)]
 
 
 def leaves(config: ModelConfig) -> list[Leaf]:
-    """The arrays of the tree that ``config`` describes."""
+    """The arrays in the tree of a model with this configuration."""
     lengths = {
         "vocab": config.vocab_size,
         "width": config.width,
@@ -112,7 +112,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 
 
 def as_tree(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Nested dictionaries of values by their paths."""
+    """Nests values, given by path, into dictionaries."""
     tree: dict[str, Any] = {}
     for (*parents, last), value in values.items():
         node = tree
@@ -123,16 +123,16 @@ def as_tree(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def partition_specs(config: ModelConfig, mesh: Mesh, fsdp: bool = False) -> dict[tuple[str, ...], P]:
-    """How each array of the tree lies on a mesh, by its path; a leading axis of layers is whole.
+    """How each array of the tree is sharded over a mesh, by its path; the layer axis is not sharded.
 
-    Along 'tensor', as in Megatron: whole heads and the channels of the MLP, so that a block needs two reductions. Key
-    and value heads that the axis does not divide are whole on every device, for each then serves queries of several
-    devices; so is a vocabulary that it does not divide, for what that costs is little. With ``fsdp``, the width of
-    every matrix lies along ('member', 'data'): devices that hold other rows each keep a part of the weights, and gather
-    a layer where they use it. Axes that the mesh lacks count as 1.
+    Along 'tensor', as in Megatron: whole heads and the MLP's channels, so a block needs two reductions. Key and value
+    heads that the axis does not divide are replicated, because each then serves queries on several devices; so is a
+    vocabulary that it does not divide, because that costs little. With ``fsdp``, the width of every matrix is sharded
+    along ('member', 'data'): devices that process different rows each keep a part of the weights, and gather each layer
+    when they use it. Axes that the mesh lacks count as 1.
 
     Raises:
-      BadInput: 'tensor' does not divide the heads or the MLP's width, or ('member', 'data') the width.
+      BadInput: 'tensor' does not divide the heads or the MLP's width, or ('member', 'data') does not divide the width.
     """
     tensor = mesh.shape.get("tensor", 1)
     both = tuple(axis for axis in ("member", "data") if axis in mesh.shape)
@@ -141,8 +141,8 @@ def partition_specs(config: ModelConfig, mesh: Mesh, fsdp: bool = False) -> dict
         if length % tensor:
             raise BadInput(f"--tensor_parallel={tensor}: must divide the {length} {what}")
     if fsdp and config.width % parts:
-        raise BadInput(f"--fsdp: the width {config.width} cannot be cut into {parts} equal parts, one a device; "
-                       "use another number of devices")  # fmt: skip
+        raise BadInput(f"--fsdp: the width {config.width} cannot be split into {parts} equal parts, one per device; "
+                       "use a different number of devices")  # fmt: skip
     counts = {"heads": config.heads, "mlp": config.mlp_width, "kv_heads": config.kv_heads, "vocab": config.vocab_size}
     along: dict[str, Any] = {axis: "tensor" for axis, count in counts.items() if tensor > 1 and count % tensor == 0}
 
@@ -163,18 +163,18 @@ def read_weights(
     fsdp: bool = False,
     int8: bool = False,
 ) -> dict[str, Any]:
-    """The tree of a checkpoint's weights (see ``llama.py``), on its devices.
+    """Reads a checkpoint's weights onto the devices, as a tree (see ``llama.py``).
 
     Args:
-      directory: with model.safetensors, or its shards and model.safetensors.index.json.
-      config: of that checkpoint.
-      precision: dtype of the arrays; that of the files (float32, float16 or bfloat16) may be another.
-      mesh, fsdp: where the arrays lie, see ``partition_specs``; by default, on one device.
-      int8: hold the kernels of the layers in eight bits (``quantize``); embedding and head are not.
+      directory: contains model.safetensors, or its shards and model.safetensors.index.json.
+      config: the checkpoint's configuration.
+      precision: dtype of the arrays; the files' dtype (float32, float16 or bfloat16) may differ.
+      mesh, fsdp: how the arrays are sharded, see ``partition_specs``; by default, they are on one device.
+      int8: hold the layers' kernels in eight bits (``quantize``), but not the embedding and the head.
 
     Raises:
-      BadInput: a file or tensor is missing, damaged, too many, or not of its shape; names it. Nothing has been read
-        then, except a tensor whose numbers are not finite.
+      BadInput: a file or tensor is missing, damaged, unexpected, or of the wrong shape or dtype; names it. Raised
+        before anything is loaded, except for non-finite values.
     """
     directory = Path(directory)
     stored = _stored_tensors(directory)
@@ -190,7 +190,7 @@ def read_weights(
 
 
 def quantize(kernel: jax.Array) -> Quantized:
-    """A kernel [..., in, out] in eight bits: -127 to 127 of the largest magnitude of each output channel.
+    """Quantizes a kernel [..., in, out] to eight bits; 127 is the largest magnitude of each output channel.
 
     The error of a weight is at most half a step: scale / 2.
     """
@@ -203,12 +203,12 @@ def quantize(kernel: jax.Array) -> Quantized:
 def write_weights(
     directory: str | Path, config: ModelConfig, weights: Mapping[str, Any], precision: Any = "bfloat16"
 ) -> None:
-    """Writes a checkpoint that ``from_pretrained`` and ``read_weights`` read: config.json and model.safetensors.
+    """Writes a checkpoint for ``from_pretrained`` and ``read_weights``: config.json and model.safetensors.
 
     Args:
-      directory: made if need be.
-      config, weights: of one model; a quantized kernel is written as the numbers that it stands for.
-      precision: of the file: float32, bfloat16 or float16.
+      directory: created if it does not exist.
+      config, weights: of one model; quantized kernels are written dequantized.
+      precision: dtype of the file: float32, bfloat16 or float16.
 
     Raises:
       BadInput: the directory is not empty or cannot be written, or Transformers has no such model.
@@ -219,7 +219,7 @@ def write_weights(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
-            raise BadInput(f"{directory}: is not empty, and nothing is overwritten; name another directory")
+            raise BadInput(f"{directory}: is not empty, and nothing is overwritten; choose another directory")
         with open(directory / _SINGLE, "wb") as file:
             file.write(header)
             for leaf in leaves(config):
@@ -229,25 +229,25 @@ def write_weights(
                     file.write(np.asarray(_as_stored(part, leaf.is_kernel, dtype)).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        # Last, so that a directory that was cut short is not taken for a checkpoint.
+        # Written last, so that an incomplete directory is not mistaken for a checkpoint.
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"{directory}: cannot be written ({error.strerror}); name another directory") from None
+        raise BadInput(f"{directory}: cannot be written ({error.strerror}); choose another directory") from None
 
 
 def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapping[str, Stored]) -> None:
-    """Every tensor that the decoder needs is there, in a dtype and shape that it can use, and no other is."""
+    """Checks that every tensor the decoder needs is there, with a usable dtype and the right shape, and no others."""
     needed = {name: leaf for leaf in there for name in leaf.names()}
     for name, leaf in needed.items():
         if name not in stored:
-            raise BadInput(f"{directory}: has no tensor {name} {list(leaf.stored_shape)}, which by its config.json it "
-                           "must have; fetch both again")  # fmt: skip
+            raise BadInput(f"{directory}: lacks the tensor {name} {list(leaf.stored_shape)}, which its config.json "
+                           "requires; download both again")  # fmt: skip
         tensor = stored[name]
         if tensor.dtype not in DTYPES:
             raise BadInput(f"{tensor.file}: tensor {name} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
         if tensor.shape != leaf.stored_shape:
-            raise BadInput(f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}; by config.json it should "
-                           f"have {list(leaf.stored_shape)}")  # fmt: skip
+            raise BadInput(f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json requires "
+                           f"{list(leaf.stored_shape)}")  # fmt: skip
     for name, tensor in stored.items():
         if name in needed or name.endswith(IGNORED):
             continue
@@ -255,13 +255,13 @@ def _check(directory: Path, config: ModelConfig, there: list[Leaf], stored: Mapp
             embed = stored[TABLE["embed",][0]]
             if (tensor.dtype, tensor.shape) == (embed.dtype, embed.shape) and np.array_equal(tensor.map(), embed.map()):
                 continue
-            raise BadInput(f"{tensor.file}: tensor {name} is not the embedding, to which config.json ties the head; "
-                           "say there tie_word_embeddings=false")  # fmt: skip
-        raise BadInput(f"{tensor.file}: tensor {name} is not known; by config.json there is none")
+            raise BadInput(f"{tensor.file}: tensor {name} differs from the embedding, although config.json ties "
+                           "them; set tie_word_embeddings=false there")  # fmt: skip
+        raise BadInput(f"{tensor.file}: tensor {name} is not part of the model that config.json describes")
 
 
 def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: P, int8: bool) -> Any:
-    """An array of the tree, or a quantized kernel: made empty, and filled layer by layer."""
+    """Reads an array of the tree, or a quantized kernel: allocated as zeros and filled layer by layer."""
     layers = () if leaf.layers is None else (leaf.layers,)
     shape, sharding = leaf.whole_shape, NamedSharding(mesh, spec)
     by_layer: Any
@@ -277,15 +277,15 @@ def _read_leaf(leaf: Leaf, tensors: list[Stored], dtype: Any, mesh: Mesh, spec: 
     for layer, tensor in enumerate(tensors):
         placed = tensor.on_device(as_stored)
         by_layer, finite = _place(by_layer, placed, layer, transposed=leaf.is_kernel, shardings=shardings)
-        if not finite:  # asked of each, so that a tensor has gone before the next one comes
-            raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has numbers that are not finite; "
-                           "fetch it again")  # fmt: skip
+        if not finite:  # checked per tensor, so that each is freed before the next one is read
+            raise BadInput(f"{tensor.file}: is damaged: its tensor {tensor.name} has non-finite values; "
+                           "download it again")  # fmt: skip
     return by_layer
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("transposed", "shardings"))
 def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bool, shardings: Any) -> Any:
-    """The leaf with a tensor of the file in its layer's place; and whether all its numbers are finite."""
+    """The leaf with a file's tensor written into its layer's slot, and whether all its values are finite."""
 
     def put(into: jax.Array, one: jax.Array) -> jax.Array:
         stack = into.reshape(-1, *one.shape)
@@ -298,7 +298,7 @@ def _place(by_layer: Any, tensor: jax.Array, layer: jax.Array, *, transposed: bo
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _as_stored(array: jax.Array | Quantized, transposed: bool, dtype: Any) -> jax.Array:
-    """A leaf of one layer as a checkpoint has it."""
+    """One layer of a leaf in the checkpoint's layout: dequantized, transposed if need be, and cast."""
     if isinstance(array, Quantized):
         array = array.values * array.scale
     return (array.T if transposed else array).astype(dtype)

@@ -1,1 +1,1 @@
-"""Pages about finished runs, made from the files in their directories alone."""
+"""HTML pages about finished runs, built only from the files in their directories."""

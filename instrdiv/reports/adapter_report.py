@@ -1,4 +1,4 @@
-"""The page of a fine-tuning run whose answers are right or wrong, from the files of its directory alone."""
+"""The page of a fine-tuning run scored by right and wrong answers, built only from the files in its directory."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from instrdiv.runtime.provenance import read_provenance
 from instrdiv.runtime.tables import Row, read_table
 from instrdiv.runtime.units import clock
 
-#: What the page shows a column for, where it was tested; where none of these was, all that was.
+#: (split, slice) pairs that get a column on the page if they were tested. If none of them was, all tested pairs do.
 _SLICES = (("unseen", "has_op"), ("unseen", "no_op"), ("seen", "has_op"))
-#: Answers the page shows of a setting and a split.
+#: Answers shown per setting and split.
 _SAMPLES = 2
 
 
 def settings_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Of the settings in results.csv: the names of those that vary, and those that do not, with their values."""
+    """The names of the settings in results.csv that vary, and the constant settings with their values."""
     names = settings_in(rows, IDENTITY, INTERVAL)
     varying = tuple(name for name in names if len({row[name] for row in rows}) > 1)
     return varying, {name: rows[0][name] for name in names if name not in varying}
 
 
 def write_adapter_report(run_dir: Path, claims: Sequence[Claim] | None) -> Path:
-    """Writes ``report.html`` of a finished run; returns its path.
+    """Writes the ``report.html`` of a finished run and returns its path.
 
     Args:
-      run_dir: with results.csv, samples.csv, provenance.json and, perhaps, figure.png.
-      claims: as checked; None where the run is not judged.
+      run_dir: contains results.csv, samples.csv, provenance.json and, optionally, figure.png.
+      claims: the checked claims; None if the run is not judged.
 
-    Raises BadInput where a file is missing or damaged.
+    Raises BadInput if a file is missing or damaged.
     """
     results = read_table(run_dir / "results.csv", IDENTITY)
     samples = read_table(run_dir / "samples.csv", ANSWER_COLUMNS, ("prompt", "right_answer", "answer"))
@@ -77,7 +77,7 @@ def _summary(key: tuple, rows: Sequence[Row], slices: Sequence[tuple[str, str]])
 
 
 def _some(samples: Sequence[Row], of_member: Mapping[str, tuple]) -> list[dict[str, Any]]:
-    """The first answers of every setting and split."""
+    """The first few answers of each setting and split."""
     shown: dict[tuple, list[dict[str, Any]]] = {}
     for row in samples:
         setting = of_member.get(row["member"], ("base",) * len(next(iter(of_member.values()))))
@@ -89,7 +89,7 @@ def _some(samples: Sequence[Row], of_member: Mapping[str, tuple]) -> list[dict[s
 
 
 def made(said: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a run's provenance says of where and with what it was made."""
+    """(name, value) pairs from a run's provenance: software versions, hardware, launches and time."""
     facts = {
         "commit": said.get("commit"),
         "versions": ", ".join(f"{name} {version}" for name, version in said["versions"].items() if version),

@@ -13,21 +13,21 @@ from instrdiv.analysis import thresholds
 from instrdiv.reports.run_tables import RunTables
 from instrdiv.runtime.tables import Row
 
-#: Points a curve keeps, at most.
+#: Maximum number of points per curve.
 CURVE_POINTS = 160
 
 
-#: Colors of the page; where there are more seeds, the same ones again, dashed.
+#: Number of colors on the page. Further seeds reuse them with dashed lines.
 COLORS = 8
 
 
-#: 1, 2, 5, 10 ...: where axes end and have ticks.
+#: 1, 2, 5, 10 ...: candidates for axis limits and ticks.
 _ROUND = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The axes that the panels of one kind share, so that they can be compared; coordinates are the page's."""
+    """The axes shared by all panels of one kind, so that they can be compared, in SVG coordinates."""
 
     steps: int
     low: float
@@ -41,7 +41,7 @@ class Frame:
         return round(self.LEFT + (self.RIGHT - self.LEFT) * step / self.steps, 1)
 
     def y(self, value: float) -> float:
-        """Values outside the axes are drawn at their edge."""
+        """The y coordinate of a value; values outside the axis limits are clipped to them."""
         value, low, high = min(max(value, self.low), self.high), self.low, self.high
         if self.log:
             value, low, high = math.log(value), math.log(low), math.log(high)
@@ -49,7 +49,7 @@ class Frame:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """(place, label) of the y axis."""
+        """The ticks of the y axis: (coordinate, label)."""
         if not self.log:
             return [(self.y(value), f"{value:g}") for value in (0, 0.5, 1)]
         steps = [value for value in _ROUND if self.low <= value <= self.high]
@@ -60,7 +60,7 @@ class Frame:
 
 
 def curves_of(run: RunTables) -> dict[str, Any]:
-    """A panel of exact match and one of loss for every setting, with a line per member."""
+    """One exact-match panel and one loss panel per setting, with one line per member."""
     rows: dict[str, list[Row]] = {id: [] for id in run.members}
     for row in sorted(run.metrics, key=lambda row: row["step"]):
         rows[row["member"]].append(row)
@@ -97,7 +97,7 @@ def curves_of(run: RunTables) -> dict[str, Any]:
 
 
 def _line(rows: Sequence[Row], diverged: int | None, frame: Frame, name: str) -> dict[str, Any]:
-    """A member's curve up to its divergence: the points of a polyline, and where a cross marks the divergence."""
+    """A member's curve up to its divergence: the points of the polyline, and the position of the divergence cross."""
     drawn = [(row["step"], row[name]) for row in rows if row["status"] == "ok" and not math.isnan(row[name])]
     points = " ".join(f"{frame.x(step)},{frame.y(value)}" for step, value in thin(drawn, CURVE_POINTS))
     cross = None if diverged is None else (frame.x(diverged), frame.y(drawn[-1][1] if drawn else frame.low))
@@ -105,7 +105,7 @@ def _line(rows: Sequence[Row], diverged: int | None, frame: Frame, name: str) ->
 
 
 def _loss_range(members: Iterable[Sequence[Row]]) -> tuple[float, float]:
-    """The axis of the losses, in round numbers; neither a member about to diverge nor a loss of 0 stretches it."""
+    """The limits of the loss axis, as round numbers, not stretched by members about to diverge or by losses of 0."""
     losses = [[row["loss"] for row in rows if 0 < row["loss"] < math.inf] for rows in members]
     losses = [member for member in losses if member]
     if not losses:
@@ -116,8 +116,8 @@ def _loss_range(members: Iterable[Sequence[Row]]) -> tuple[float, float]:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most ``most`` of the points, in order: the first, the last, and of every stretch between them the lowest and
-    the highest, so that no spike is lost."""
+    """At most ``most`` of the points, in order: the first, the last, and the lowest and highest of each stretch between
+    them, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
 

@@ -1,8 +1,9 @@
-"""The report of a set of instructions: tables, a picture drawn from them, and one HTML page that needs nothing else.
+"""The diversity report of a set of instructions: tables, a figure drawn from them, and one self-contained HTML page.
 
-``diversity.csv``, ``scales.csv``, ``overlap.csv`` and ``map.csv`` have the columns of ``diversity``; ``map.csv`` says
-besides ``where`` each text is from. ``cleaning.csv`` counts what was left out and why, ``dropped.csv`` lists it, and
-``mixture.csv`` lists the rows of a mixture in their order. The picture and the page are made from these files alone.
+``diversity.csv``, ``scales.csv``, ``overlap.csv`` and ``map.csv`` have the columns defined in ``diversity``, and
+``map.csv`` also has ``where``, the origin of each text. ``cleaning.csv`` counts the dropped rows by reason,
+``dropped.csv`` lists them, and ``mixture.csv`` lists the rows of a mixture in order. The figure and the page are built
+only from these files and ``provenance.json``.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from instrdiv.runtime.tables import Row, read_table, write_table, write_table_fi
 #: Columns of mixture.csv.
 MIXTURE_COLUMNS = ("place", "source", "where")
 
-#: What a report leaves behind, besides report.html, provenance.json and the picture.
+#: The files of a report, apart from report.html, provenance.json and the figure.
 FILES = ("diversity.csv", "scales.csv", "overlap.csv", "map.csv", "cleaning.csv", "dropped.csv", "mixture.csv")
 
 _TEXTS = ("source", "nearest", "where", "reason", "like", "embedder", *CLEANING_COLUMNS[4:])
 _COLORS = ("#1f5fa8", "#c05a1c", "#1a7f4e", "#7a3fb8", "#b8286b", "#0f7c8a", "#7a5230", "#5c6370")
-_MARKERS = "os^Dv"  # another one where the colors begin again
+_MARKERS = "os^Dv"  # the next marker each time the colors repeat
 
 
 def write_cleaning(run_dir: Path, kept: Mapping[str, Sequence[sources.TextRow]], dropped: Sequence[Dropped]) -> None:
-    """Writes cleaning.csv and dropped.csv: the rows that stay, by source, and those that go."""
+    """Writes cleaning.csv and dropped.csv from the kept rows (by source) and the dropped rows."""
     write_table_files(run_dir, cleaning_tables(kept, dropped))
 
 
 def write_tables(run_dir: Path, found: Diversity, rows: Mapping[str, Sequence[sources.TextRow]]) -> None:
-    """Writes the tables of what was measured; ``rows`` are those of every source whose texts were."""
+    """Writes the tables of the measurements. ``rows`` has, for each source, the rows whose texts were measured."""
     write_table(run_dir / "diversity.csv", found.scores, DIVERSITY_COLUMNS)
     write_table(run_dir / "scales.csv", found.scales, SCALE_COLUMNS)
     write_table(run_dir / "overlap.csv", found.overlap, OVERLAP_COLUMNS)
@@ -46,11 +47,11 @@ def write_tables(run_dir: Path, found: Diversity, rows: Mapping[str, Sequence[so
 
 
 def draw(run_dir: Path, text: str, layout: str) -> None:
-    """Writes figure.png and figure.pdf from the tables: the map, the effective numbers, and these at every cosine.
+    """Draws the map, the effective numbers and the clusters per cosine threshold; writes figure.png and figure.pdf.
 
     Args:
-      run_dir: with the tables.
-      text: what of a row was measured.
+      run_dir: contains the tables.
+      text: which part of each row was measured.
       layout: of the map.
     """
     scores, scales, _, points = _read(run_dir)
@@ -65,12 +66,15 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
     for i, name in enumerate(single):
         places = [(point["x"], point["y"]) for point in points if point["source"] == name]
         style = {"color": color[name], "marker": _MARKERS[i // len(_COLORS) % len(_MARKERS)], "alpha": 0.6, "lw": 0}
-        # Texts that several sources have are at one place: the less diverse source is drawn on top.
+        # Texts shared by several sources overlap on the map: the less diverse source is drawn on top.
         above = sum(vendi[other] > vendi[name] for other in single)
         axes.scatter(*zip(*places, strict=True), s=9, label=f"{name} ({len(places):,})", zorder=2 + above, **style)
     axes.set_xticks([])
     axes.set_yticks([])
-    kind = {"tsne": "t-SNE: near texts are alike; distances and sizes mean little", "pca": "two principal directions"}
+    kind = {
+        "tsne": "t-SNE: nearby texts are similar; distances and sizes mean little",
+        "pca": "two principal components",
+    }
     axes.set_xlabel(kind[layout], fontsize=9)
     axes.set_title(f"Map of the {text}s", loc="left", fontsize=11)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, fontsize=9, markerscale=2.5, frameon=False)
@@ -104,23 +108,23 @@ def draw(run_dir: Path, text: str, layout: str) -> None:
     axes.set_ylim(bottom=1)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("cosine from which on two texts are the same", fontsize=9)
+    axes.set_xlabel("cosine threshold for counting texts as the same", fontsize=9)
     axes.set_ylabel("effective clusters", fontsize=9)
     axes.grid(alpha=0.25)
     draws = max(row["draws"] for row in scores)
-    intervals = f", means and 95 % intervals of {draws} draws" if draws > 1 else ""
+    intervals = f"; means and 95 % intervals over {draws} draws" if draws > 1 else ""
     caption = (
-        f"{scores[0]['drawn']:,} {text}s of each source{intervals}.\n"
-        f"Embedder: {scores[0]['embedder']}; all these numbers, and the map, depend on it."
+        f"{scores[0]['drawn']:,} {text}s per source{intervals}.\n"
+        f"Embedder: {scores[0]['embedder']}. The numbers and the map depend on it."
     )
     plots.save(figure, caption, run_dir / "figure")
 
 
 def write_diversity_report(run_dir: Path) -> Path:
-    """Writes report.html from the files of a finished report, and returns its path.
+    """Writes report.html from the tables and the figure, and returns its path.
 
     Raises:
-      BadInput: where a file is missing or damaged.
+      BadInput: if a file is missing or damaged.
     """
     scores, _, overlap, _ = _read(run_dir)
     said = read_provenance(run_dir / "provenance.json")
@@ -147,7 +151,7 @@ def write_diversity_report(run_dir: Path) -> Path:
 
 
 def _read(run_dir: Path) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
-    """scores, scales, overlap (none of one source) and map."""
+    """Reads scores, scales, overlap (empty for a single source) and map."""
     overlap = run_dir / "overlap.csv"
     tables: list[list[Row]] = []
     for name, columns in (("diversity", DIVERSITY_COLUMNS), ("scales", SCALE_COLUMNS), ("map", MAP_COLUMNS)):

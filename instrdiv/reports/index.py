@@ -1,7 +1,7 @@
-"""The index of several figures: one HTML page that links their reports, made from the files in a directory alone.
+"""The index of several figures: one HTML page that links their reports, built only from the files in a directory.
 
-In the directory, every figure's run has a directory of its own, by the figure's name. A figure whose launcher failed
-has a ``<name>.log`` beside it: the command, what it said last, and how it ended.
+Each figure's run is in a subdirectory named after the figure. If a figure's launcher failed, there is also a
+``<name>.log`` next to it: the command, its last lines of output, and how it ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from instrdiv.runtime.provenance import read_provenance
 from instrdiv.runtime.tables import read_table
 from instrdiv.runtime.units import clock
 
-#: Lines of a log that the page shows.
+#: Number of log lines shown on the page.
 LAST_LINES = 12
 
 _FILES = ("report.html", "figure.png", "figure.pdf", "figure.csv", "results.csv")
@@ -33,18 +33,18 @@ _FILES = ("report.html", "figure.png", "figure.pdf", "figure.csv", "results.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What became of one figure.
+    """The outcome of one figure.
 
     Attributes:
-      name: of its launcher, and of its directory.
-      question: that it asks.
-      status: ``done``, ``failed``, ``not finished`` (it was stopped, or runs right now) or ``not run``.
-      files: name -> path from the index, of those that are there.
-      command: that runs it again; None where it is not known.
-      claims: as checked; None where the run is not judged.
-      found: (which, I50).
-      seconds: wall time, as provenance.json has it, of all launches that came to their end; None where none did.
-      last_lines: of a launcher that failed.
+      name: of its launcher and of its directory.
+      question: the question it asks.
+      status: ``done``, ``failed``, ``not finished`` (stopped or still running) or ``not run``.
+      files: name -> path relative to the index, for the files that exist.
+      command: runs it again; None if unknown.
+      claims: the checked claims; None if the run is not judged.
+      found: (label, I50) pairs.
+      seconds: total wall time of all launches that finished, from provenance.json; None if none did.
+      last_lines: the last lines of output of a launcher that failed.
     """
 
     name: str
@@ -59,14 +59,14 @@ class Entry:
 
     @property
     def verdict(self) -> str:
-        """``reproduced``, ``not reproduced`` or ``not judged``; what became of a run that did not finish."""
+        """``reproduced``, ``not reproduced`` or ``not judged``; the status if the figure is not done."""
         if self.status != "done":
             return self.status
         return "not judged" if self.claims is None else verdict(self.claims)
 
     @property
     def i50(self) -> str:
-        """The threshold, or the least and the greatest of several; empty where there is none."""
+        """The threshold, or the range from the lowest to the highest of several; empty if there is none."""
         means = [found.interval.mean for _, found in self.found if not math.isnan(found.interval.mean)]
         return " to ".join(f"{mean:,.0f}" for mean in sorted({min(means), max(means)})) if means else ""
 
@@ -76,7 +76,7 @@ class Entry:
 
 
 def read_entry(directory: Path, name: str, question: str) -> Entry:
-    """What became of one figure. Where its files cannot be read it has failed, and the last line says why."""
+    """Reads the outcome of one figure; if its files cannot be read, it is ``failed`` and the last line says why."""
     log, run_dir = log_of(directory, name), directory / name
     there = {path.name: path for path in (log, *(run_dir / file for file in _FILES)) if path.exists()}
     entry = Entry(name, question, "not run", {file: str(path.relative_to(directory)) for file, path in there.items()})
@@ -101,7 +101,7 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
             found=labeled_thresholds(results, varying(results, setting_of(task).columns()), task.headline),
             seconds=sum(seconds) if seconds else None,
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:  # whatever is wrong with one, the others are shown
+    except (OSError, ValueError, TypeError, KeyError) as error:  # one unreadable run must not hide the others
         why = (
             str(error) if isinstance(error, BadInput) else f"{run_dir} cannot be read: {type(error).__name__}: {error}"
         )
@@ -109,12 +109,12 @@ def read_entry(directory: Path, name: str, question: str) -> Entry:
 
 
 def log_of(directory: Path, name: str) -> Path:
-    """Where the last words of a launcher that failed are."""
+    """The path of the log of a launcher that failed."""
     return directory / f"{name}.log"
 
 
 def write_log(directory: Path, name: str, command: str, last_lines: Iterable[str]) -> Path:
-    """Says that a figure's launcher failed: its command, and what there is to say of its end."""
+    """Writes the log of a launcher that failed: its command, its last lines of output and how it ended."""
     with replacing(log_of(directory, name)) as file:
         file.writelines(f"{line}\n" for line in (command, *last_lines))
     return log_of(directory, name)
@@ -124,7 +124,7 @@ def write_index(directory: Path | str, figures: Mapping[str, str]) -> Path:
     """Writes ``index.html`` into a directory of runs.
 
     Args:
-      directory: with the run directories of the figures, as far as there are any.
+      directory: contains the run directories of the figures that exist so far.
       figures: name -> the question it asks, in order.
 
     Returns:

@@ -1,7 +1,8 @@
-"""What was found on mixtures: a picture of the held-out losses, and one HTML page that needs nothing else.
+"""The report on mixtures: a figure of the held-out losses, and one self-contained HTML page.
 
-``results.csv`` has a row per member and source, ``base.csv`` what the base does without one, ``packing.csv`` what
-became of every member's rows. The picture and the page are made from these files, and those of cleaning, alone.
+``results.csv`` has one row per member and source, ``base.csv`` the losses of the base without an adapter, and
+``packing.csv`` the packing statistics of each member's rows. The figure is drawn from results.csv and base.csv; the
+page is built only from these files, the figure, ``cleaning.csv`` and ``provenance.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _COLUMNS = 3  # panels side by side
 
 
 def summary(results: Sequence[Row]) -> dict[tuple[str, str], tuple[Interval, Interval]]:
-    """(mixture, source) -> held-out loss, and how far below the base's it is; over seeds that did not diverge."""
+    """(mixture, source) -> held-out loss, and how far it is below the base's, over the seeds that did not diverge."""
     found: dict[tuple[str, str], tuple[Interval, Interval]] = {}
     for mixture, source in dict.fromkeys((row["mixture"], row["source"]) for row in results):
         rows = [row for row in results if (row["mixture"], row["source"], row["status"]) == (mixture, source, "ok")]
@@ -38,8 +39,8 @@ def summary(results: Sequence[Row]) -> dict[tuple[str, str], tuple[Interval, Int
 
 
 def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path | None) -> Any:
-    """A panel a source: its held-out loss after every mixture, seeds as dots, means with 95 % intervals, the base a
-    line. Writes ``.png`` and ``.pdf`` and returns the figure; without a path, writes nothing."""
+    """Draws one panel per source: its held-out loss after training on each mixture, with seeds as dots, means with 95 %
+    intervals, and the base as a line. Writes ``.png`` and ``.pdf`` unless the path is None, and returns the figure."""
     found = summary(results)
     mixtures = list(dict.fromkeys(mixture for mixture, _ in found))
     sources = [row["source"] for row in base]
@@ -73,7 +74,7 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path | None) ->
         axes.set_title(source, loc="left", fontsize=11)
         axes.set_yticks(range(len(mixtures)), labels, fontsize=8.5)
         axes.set_ylim(len(mixtures) - 0.4, -0.6)
-        axes.set_xlabel("loss, nats a response token", fontsize=9)
+        axes.set_xlabel("loss, nats per response token", fontsize=9)
         axes.grid(alpha=0.25, axis="x")
         axes.margins(x=0.12)
     seeds = len({row["seed"] for row in results})
@@ -81,8 +82,8 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path | None) ->
     tokens = ", ".join(f"{row['source']} {row['tokens']:,}" for row in base)
     plots.save(
         figure,
-        f"{seeds} seed{'s' * (seeds > 1)} a mixture; dots: adapters (squares: of mixtures without the source); bars: "
-        f"mean and 95 % t-interval over seeds. Response tokens that are predicted: {tokens}."
+        f"{seeds} seed{'s' * (seeds > 1)} per mixture; dots: adapters (squares: mixtures without this source); bars: "
+        f"mean and 95 % t-interval over seeds. Predicted response tokens: {tokens}."
         + (f" {diverged} diverged (left out; crosses)." if diverged else ""),
         path_stem,
     )
@@ -90,9 +91,9 @@ def draw(results: Sequence[Row], base: Sequence[Row], path_stem: Path | None) ->
 
 
 def write_mixture_report(run_dir: Path) -> Path:
-    """Writes report.html of a finished run; returns its path.
+    """Writes the report.html of a finished run and returns its path.
 
-    Raises BadInput where a file is missing or damaged.
+    Raises BadInput if a file is missing or damaged.
     """
     results, base = read_losses(run_dir)
     figure = results[0]["figure"]

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing else, made from the files in the run's directory alone.
+"""The report of a run: one self-contained HTML page, built only from the files in the run's directory.
 
 Numbers and coordinates are computed here; ``report.html.jinja`` writes all markup.
 """
@@ -30,7 +30,7 @@ from instrdiv.runs.saved import SavedRun
 from instrdiv.runtime.tables import Row, read_table
 from instrdiv.runtime.units import clock
 
-#: Sample answers shown, of a setting and a split.
+#: Sample answers shown per setting and split.
 SAMPLES = 5
 
 
@@ -38,16 +38,16 @@ def write_report(run: Path | str | SavedRun, claims: Sequence[Claim] | None = No
     """Writes ``report.html`` into the directory of a finished run.
 
     Args:
-      run: the directory of a finished run, opened or by its path. ``figure.png``, ``figure.csv``, ``errors.csv`` and
-        ``samples.csv`` are shown if they are there; the other tables must be.
-      claims: what the figure claims, as checked; None where the run is not judged.
-      command: that runs it again; by default the launcher's, from provenance.json.
+      run: the directory of a finished run, as a path or as a SavedRun. ``figure.png``, ``figure.csv``, ``errors.csv``
+        and ``samples.csv`` are shown if they exist; the other tables are required.
+      claims: the figure's checked claims; None if the run is not judged.
+      command: runs it again; by default the launcher command from provenance.json.
 
     Returns:
       The path of the page.
 
     Raises:
-      BadInput: where a file is missing or damaged.
+      BadInput: if a file is missing or damaged.
     """
     saved = run if isinstance(run, SavedRun) else SavedRun(run)
     run_dir, tables = saved.path, RunTables(saved)
@@ -73,13 +73,13 @@ def write_report(run: Path | str | SavedRun, claims: Sequence[Claim] | None = No
 
 
 def _asked(run: RunTables) -> dict[str, Any]:
-    """What was trained: the settings that vary, those that do not, the seeds and the devices."""
+    """What was trained: the varying and the constant settings, the seeds and the devices."""
     fields = {field.name: field for field in dataclasses.fields(run.task)}
     rows, setting = list(run.rows.values()), run.sweep.members[0].setting
     fixed: dict[bool, list[tuple[str, str, str]]] = {True: [], False: []}
     for name in run.task.columns():
         if len({row[name] for row in rows}) == 1:
-            # A length that was left open follows another one, and is at its default too.
+            # An unset length follows another one, and counts as being at its default, too.
             reset: dict[str, Any] = {name: fields[name].default}
             default = dataclasses.replace(setting, **reset).as_row()[name]
             fixed[rows[0][name] == default].append((name, in_words(rows[0][name]), fields[name].metadata["help"]))
@@ -99,19 +99,19 @@ def _asked(run: RunTables) -> dict[str, Any]:
 
 
 def _numbers(path: Path) -> dict[str, Any] | None:
-    """What the picture shows and results.csv does not have, as it is, with shorter numbers."""
+    """The table of numbers that the figure shows but results.csv lacks, verbatim except for rounding."""
     rows = read_table(path) if path.exists() else []
     return {"columns": list(rows[0]), "rows": [[_short(v) for v in row.values()] for row in rows]} if rows else None
 
 
 def _thresholds(run: RunTables) -> list[tuple[str, str]]:
-    """(which, I50 in words)."""
+    """(label, I50 as text) pairs."""
     rows = [row | run.rows[row["member"]] for row in run.results]
     return [(label, found.text) for label, found in labeled_thresholds(rows, run.fields, run.task.headline)]
 
 
 def _summary(run: RunTables) -> list[dict[str, Any]]:
-    """A row per setting: mean, least and greatest exact match (headline) over the seeds that did not diverge."""
+    """One row per setting: mean, lowest and highest exact match (headline) over the seeds that did not diverge."""
     rows: dict[tuple[str, str], Row] = {}
     for split in ("unseen", "seen"):
         rows |= {(row["member"], split): row for row in thresholds.select(run.results, split, run.task.headline)}
@@ -133,7 +133,7 @@ def _summary(run: RunTables) -> list[dict[str, Any]]:
 
 
 def _conditions(run: RunTables) -> dict[str, Any] | None:
-    """Of every setting, the mean exact match over seeds in every slice that was tested besides the run's own."""
+    """Mean exact match over seeds, per setting and per slice tested in addition to the run's own."""
     values: dict[tuple[str, tuple], list[float]] = {}
     for row in run.results:
         if "/" in row["slice"] and row["status"] == "ok":
@@ -152,7 +152,7 @@ def _conditions(run: RunTables) -> dict[str, Any] | None:
 
 
 def _errors(run: RunTables) -> dict[str, Any] | None:
-    """Of every setting, the share of right unseen has-op answers and of each class of wrong ones."""
+    """Per setting, the shares of right answers and of each class of wrong answers (unseen, headline slice)."""
     if not run.errors:
         return None
     classes = _unique(row["error"] for row in run.errors)
@@ -172,7 +172,7 @@ def _errors(run: RunTables) -> dict[str, Any] | None:
 
 
 def _resemblance(run: RunTables) -> dict[str, Any]:
-    """A row per setting: means over its members; of some measures, the least."""
+    """One row per setting: the mean of each measure over its members, or the minimum for some measures."""
     of_member = {row["member"]: row for row in run.resemblance}
     table = []
     for key, ids in run.settings.items():
@@ -186,7 +186,7 @@ def _resemblance(run: RunTables) -> dict[str, Any]:
 
 
 def _samples(run: RunTables) -> list[dict[str, Any]] | None:
-    """The first sample answers of every setting and split, in the table's order."""
+    """The first sample answers of each setting and split, in the table's order."""
     if not run.samples:
         return None
     of_setting: dict[tuple, list[Row]] = {key: [] for key in run.settings}
@@ -208,10 +208,11 @@ def _samples(run: RunTables) -> list[dict[str, Any]] | None:
 
 
 def compare(answer: str, decoded: str) -> list[tuple[str, str]]:
-    """What was decoded, in pieces (kind, letters): ``same`` as in the answer, ``wrong``, or ``missing`` from it.
+    """Compares a decoded answer with the right one, as pieces (kind, letters).
 
-    Without the missing ones, the pieces are what was decoded; without the wrong ones, and where nothing stands in for
-    other letters, they are the answer.
+    A kind is ``same`` (as in the answer), ``wrong``, or ``missing`` (in the answer only). The pieces that are not
+    missing spell what was decoded; those that are not wrong spell the answer, unless a wrong piece replaces
+    letters of it.
     """
     pieces = []
     for kind, a, b, c, d in difflib.SequenceMatcher(None, answer, decoded, autojunk=False).get_opcodes():
@@ -223,7 +224,7 @@ def compare(answer: str, decoded: str) -> list[tuple[str, str]]:
 
 
 def _provenance(run: RunTables) -> dict[str, Any]:
-    """Versions, machine and rates; facts that an older run did not write are left out."""
+    """Versions, machine and rates; facts that an older run did not record are omitted."""
     said = run.provenance
     facts = {
         "commit": said.get("commit"),
@@ -263,5 +264,5 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A cell of any table for people."""
+    """Formats a table cell for people."""
     return "–" if value != value else f"{value:.4g}" if isinstance(value, float) else in_words(value)

@@ -1,4 +1,4 @@
-"""The tables of a finished run, read for its report: rows of known members, sorted into settings."""
+"""Reads the tables of a finished run for its report, checks that members are known, and groups them by setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instrdiv.runtime.errors import BadInput
 from instrdiv.runtime.provenance import read_provenance
 from instrdiv.runtime.tables import Row, read_cells, read_table
 
-# What is read of the other tables; a run of an older version may lack others.
+# Columns read from the other tables; runs of older versions may lack further columns.
 _METRIC_COLUMNS = ("member", "step", "loss", "unseen_dev_exact_match", "status")
 
 
@@ -27,16 +27,16 @@ _ERROR_COLUMNS = ("member", "step", "split", "slice", "error", "count", "tests")
 
 
 class RunTables:
-    """The files of a run, and its members sorted into settings.
+    """The files of a run, and its members grouped by setting.
 
     Attributes:
-      sweep, task: what was run, and the settings' class.
+      sweep, task: what was run, and the class of its settings.
       members: id -> member.
       rows: id -> its settings.
       fields: the settings that differ between members.
-      settings: members of every setting, by their values of ``fields``, in order.
-      results, errors, samples: of the members at their last step (a run may have tested earlier ones too).
-      diverged: id -> step, of the members that diverged.
+      settings: values of ``fields`` -> ids of the members with these values, in order.
+      results, errors, samples: rows at each member's last step (earlier steps may have been tested, too).
+      diverged: id -> step, for the members that diverged.
     """
 
     def __init__(self, saved: SavedRun):
@@ -83,14 +83,16 @@ class RunTables:
         return [row for row in rows if row["step"] == self.members[row["member"]].setting.steps]
 
     def _of_members(self, path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[Row]:
-        """A table that has a column ``member``."""
+        """Reads a table with a ``member`` column. Raises BadInput if it names a member that the run does not have."""
         rows = read_table(path, columns, text)
         strangers = [row["member"] for row in rows if row["member"] not in self.members]
         if strangers:
-            raise BadInput(f"{path} names the member {strangers[0]}, which config.json lacks; it is not this run's")
+            raise BadInput(
+                f"{path} names the member {strangers[0]}, which config.json lacks; it belongs to another run"
+            )
         return rows
 
 
 def _step_of(status: str) -> int:
-    """The step in ``diverged at step N``."""
+    """The N of ``diverged at step N``."""
     return int(status.rpartition(" ")[2])

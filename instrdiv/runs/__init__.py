@@ -1,1 +1,1 @@
-"""A whole run: planned, trained, tested, saved, resumed, evaluated, exported."""
+"""Complete runs: planning, training, testing, saving, resuming, evaluating, exporting."""

@@ -1,4 +1,4 @@
-"""What training a population of adapters will take: counted beforehand, and forecast from two steps."""
+"""The cost of training a population of adapters: counted in advance, or forecast from two steps."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from instrdiv.training.recipe import AdapterMember, Recipe
 
 
 def adapter_plan(config: ModelConfig, members: Sequence[AdapterMember], recipe: Recipe, places: int, int8: bool) -> str:
-    """What it will take, counted; ``places`` are the tokens of a row."""
+    """Counts parameters, memory, tokens and FLOPs; ``places`` is the number of tokens per row."""
     shapes = linear_shapes(config)
     base = sum(layers * inputs * outputs for layers, inputs, outputs in shapes.values())
     rank = max(member.lora.rank for member in members)
     targets = [name for name in TARGETS if any(name in member.lora.targets for member in members)]
     adapter = sum(rank * shapes[name][0] * (shapes[name][1] + shapes[name][2]) for name in targets)
     tokens = len(members) * recipe.steps * recipe.batch_size * places
-    # Forward, and back to the activations: two products each; the thin ones also back to themselves.
+    # Forward pass and gradients of the activations: 2 FLOPs each per parameter; adapters also need weight gradients.
     flops = tokens * (4 * base + 6 * adapter)
     return (
-        f"{len(members)} adapters of rank {rank}, {adapter:,} parameters each ({12 * adapter / 1e9:.3g} GB with their "
-        f"optimizer), over {base:,} of the base ({_base_bytes(config, recipe, int8) / 1e9:.3g} GB), held once; "
-        f"{recipe.steps:,} steps of {recipe.batch_size} rows of {places} tokens: {tokens:.3g} tokens, {flops:.3g} FLOP"
+        f"{len(members)} adapters of rank {rank}, {adapter:,} parameters each ({12 * adapter / 1e9:.3g} GB with "
+        f"optimizer state), over a frozen base with {base:,} linear parameters "
+        f"({_base_bytes(config, recipe, int8) / 1e9:.3g} GB, stored once); "
+        f"{recipe.steps:,} steps of {recipe.batch_size} rows of {places} tokens: {tokens:.3g} tokens, {flops:.3g} FLOPs"
     )
 
 
 def _base_bytes(config: ModelConfig, recipe: Recipe, int8: bool) -> int:
-    """Bytes of the base's weights; the scales of eight bits, which are few, are left out."""
+    """Bytes of the base's weights, ignoring the few int8 scales."""
     wide = jnp.dtype(recipe.precision).itemsize
     total = 0
     for leaf in leaves(config):
@@ -46,10 +47,10 @@ def _base_bytes(config: ModelConfig, recipe: Recipe, int8: bool) -> int:
 
 
 def adapter_forecast(job: Job, say: Callable[[str], None]) -> str:
-    """How long training takes and how much memory, by two steps that are taken and the compiler's own account."""
+    """Estimates training time from two real steps, and memory from the compiler's own analysis."""
     two_steps = dataclasses.replace(job.recipe, steps=2, reports=2, warmup_steps=0)
     trainer = AdapterTrainer(dataclasses.replace(job, recipe=two_steps))
-    say("compiling, and taking two steps")
+    say("compiling and running two steps")
     trainer.program = trainer.program.lower(*trainer.chunk_arguments()).compile()
     jax.block_until_ready(trainer.advance())
     started = time.monotonic()
@@ -58,6 +59,6 @@ def adapter_forecast(job: Job, say: Callable[[str], None]) -> str:
     size = job.mesh.size
     where = f"{size} {jax.devices()[0].device_kind} device{'s' * (size > 1)}"
     return (
-        f"training: about {took} on {where}, by the rate of two steps; "
-        f"{program_bytes(trainer.program) / 1e9:.3g} GB a device, the base included"
+        f"training: about {took} on {where}, estimated from two steps; "
+        f"{program_bytes(trainer.program) / 1e9:.3g} GB per device, including the base"
     )

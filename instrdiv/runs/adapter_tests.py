@@ -1,7 +1,8 @@
-"""How the adapters of a run are tested: asked for answers, or for the loss on held-out rows.
+"""How the adapters of a run are tested: by their answers, or by their loss on held-out rows.
 
-A way to test has ``are_done`` (do the tables of a directory have these tests?), ``ask_base`` (before the members are
-trained) and ``ask_members`` (afterward), which makes the tables of the run, results.csv last.
+Each kind of test has ``are_done`` (whether a directory's tables already contain these tests), ``ask_base`` (called
+before the members are trained) and ``ask_members`` (called afterward), which makes the tables of the run, results.csv
+last.
 """
 
 from __future__ import annotations
@@ -38,18 +39,17 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class AnswerTests:
-    """Prompts whose answers, greedily decoded, are right or wrong.
+    """Prompts whose greedily decoded answers are right or wrong.
 
     Attributes:
-      figure: for the tables.
-      splits: in the order in which they are tested; the last one is ``unseen``.
-      tests: of ``unseen``, a member.
-      of_member: (member, split) -> its tests; equally many for all members. Those that are made from the same key
-        are made once.
-      key: members with the same key share their tests of a split.
-      of_base: what the base is asked, split -> tests; called once.
+      figure: name for the tables.
+      splits: the splits in the order tested; the last one is ``unseen``.
+      tests: number of ``unseen`` tests per member.
+      of_member: (member, split) -> its tests; the same number for all members. Called once per key.
+      key: (member, split) -> key; members with the same key share their tests.
+      of_base: makes the tests of the base, split -> tests; called once.
       slices: see ``score``.
-      tokenizer, template: how a test becomes a prompt.
+      tokenizer, template: turn a test into a prompt.
     """
 
     figure: str
@@ -63,7 +63,7 @@ class AnswerTests:
     template: Template
 
     def are_done(self, run_dir: Path, members: Sequence[AdapterMember], step: int) -> bool:
-        """Whether results.csv has these members at this step, with so many tests."""
+        """Whether results.csv has exactly these members at this step, with this number of tests."""
         if not (run_dir / "results.csv").exists():
             return False
         rows = read_table(run_dir / "results.csv", IDENTITY)
@@ -71,10 +71,10 @@ class AnswerTests:
         return found == {(member.id, step, self.tests) for member in members}
 
     def ask_base(self, job: Job, say: Say) -> None:
-        """Nothing: the base is asked along with the members."""
+        """Does nothing: the base is tested together with the members."""
 
     def ask_members(self, job: Job, tuned: FineTuned, of_base: None, say: Say) -> dict[str, Table]:
-        """base.csv, samples.csv and results.csv."""
+        """Returns base.csv, samples.csv and results.csv."""
         recipe, results, base, samples = job.recipe, list[Row](), list[Row](), list[Row]()
         status = {row["member"]: row["status"] for row in tuned.metrics}
         population = place_population(tuned.population(job.model.config), job.mesh)
@@ -107,7 +107,7 @@ class AnswerTests:
     def _ask(
         self, job: Job, texts: Sequence[Sequence[TextRow]], population: Population | None = None
     ) -> list[list[str]]:
-        longest = max(len(self.tokenizer.encode(text.response)) for text in texts[0]) + 1  # and the end
+        longest = max(len(self.tokenizer.encode(text.response)) for text in texts[0]) + 1  # plus the end token
         precision = job.recipe.precision
         return answers(
             job.model, self.tokenizer, self.template, texts, longest, job.mesh, population, precision=precision
@@ -116,18 +116,18 @@ class AnswerTests:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutTests:
-    """The loss on the held-out rows of every source, for the members and, first, for the base.
+    """The loss on the held-out rows of every source, first for the base, then for the members.
 
     Attributes:
-      figure: for the tables.
-      data: what the members are trained on, and asked.
+      figure: name for the tables.
+      data: the members' training data and held-out rows.
     """
 
     figure: str
     data: MixedData
 
     def are_done(self, run_dir: Path, members: Sequence[AdapterMember], step: int) -> bool:
-        """Whether the tables have these members at this step, on these held-out rows."""
+        """Whether the tables have exactly these members at this step, on these held-out rows."""
         if not (run_dir / "results.csv").exists():
             return False
         results, base = read_losses(run_dir)
@@ -137,8 +137,8 @@ class HeldOutTests:
         } == {data_digest(self.data.held_out)}
 
     def ask_base(self, job: Job, say: Say) -> list[Row]:
-        """Rows of base.csv. One that is bad at everything was given another template, or another tokenizer."""
-        say("the base on held-out rows")
+        """Returns the rows of base.csv. High losses on all sources suggest the wrong template or tokenizer."""
+        say("testing the base on held-out rows")
         (losses,), tokens = held_out_losses(job.model, self.data.held_out, job.recipe, job.mesh)
         names, digest = self.data.held_out.source_names, data_digest(self.data.held_out)
         rows = [
@@ -146,12 +146,12 @@ class HeldOutTests:
             for name, loss, count in zip(names, losses.tolist(), tokens.tolist(), strict=True)
         ]
         listed = ", ".join(f"{row['source']} {row['loss']:.4f} ({row['tokens']:,} tokens)" for row in rows)
-        print(f"held-out loss of the base, nats a token: {listed}", flush=True)
+        print(f"held-out loss of the base, nats per token: {listed}", flush=True)
         return rows
 
     def ask_members(self, job: Job, tuned: FineTuned, of_base: Sequence[Row], say: Say) -> dict[str, Table]:
-        """Those of ``MixedData.tables``, base.csv and results.csv."""
-        say("the adapters on held-out rows")
+        """Returns the tables of ``MixedData.tables``, base.csv and results.csv."""
+        say("testing the adapters on held-out rows")
         population = place_population(tuned.population(job.model.config), job.mesh)
         losses, _ = held_out_losses(job.model, self.data.held_out, job.recipe, job.mesh, population)
         status = {row["member"]: row["status"] for row in tuned.metrics}
@@ -168,16 +168,16 @@ class HeldOutTests:
         }
 
 
-#: Columns of the tables about mixtures that stay as they are: a source may be called 7.
+#: Columns of the mixture tables that are read as text, because a source may be named 7.
 MIXTURE_TEXTS = ("source", "mixture", "reason", "example", "example_like", "example_matched", "data", "where")
 
 
 def read_answers(run_dir: Path) -> tuple[list[Row], list[Row]]:
-    """results.csv and base.csv of ``AnswerTests``. Raises BadInput where one is missing or damaged."""
+    """results.csv and base.csv of ``AnswerTests``. Raises BadInput if one is missing or damaged."""
     return read_table(run_dir / "results.csv", IDENTITY), read_table(run_dir / "base.csv", BASE_COLUMNS)
 
 
 def read_losses(run_dir: Path) -> tuple[list[Row], list[Row]]:
-    """results.csv and base.csv of ``HeldOutTests``. Raises BadInput where one is missing or damaged."""
+    """results.csv and base.csv of ``HeldOutTests``. Raises BadInput if one is missing or damaged."""
     results = read_table(run_dir / "results.csv", (*LOSS_IDENTITY, "mixture"), MIXTURE_TEXTS)
     return results, read_table(run_dir / "base.csv", BASE_LOSS_COLUMNS, MIXTURE_TEXTS)

@@ -1,10 +1,10 @@
-"""Trained members, decoded on tests that their run did not ask for: the suites of their task.
+"""Decodes trained members on additional tests that their run did not include: the suites of their task.
 
-A suite is a list of *conditions*. A condition says how test examples are made (which rules, and what differs from the
-member's own setting) and what the prompt shows. Its rows have the split ``unseen`` and a slice such as
-``occurrences_tested=5/has_op``, so they never meet the run's own rows. Test i of a condition has the same key for all
-members that share a ``split_seed``, and the same held-out rule for all that share a source; no condition ever tests a
-rule that the member was trained on.
+A suite is a list of *conditions*. A condition defines how test examples are made (which instructions, and what differs
+from the member's own setting) and what the prompt shows. Its rows have the split ``unseen`` and a slice such as
+``occurrences_tested=5/has_op``, so they never collide with the run's own rows. Test i of a condition has the same key
+for all members that share a ``split_seed``, and the same held-out instruction for all that share a source; no condition
+ever tests an instruction that the member was trained on.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from instrdiv.training.population import stack_knobs
 
 @dataclasses.dataclass
 class Evaluation:
-    """What an evaluation found.
+    """The outcome of an evaluation.
 
     Attributes:
       results, errors, samples: rows of the tables.
-      left_out: lines that say what could not be tested, and why.
+      left_out: messages on what could not be tested, and why.
     """
 
     results: list[Row] = dataclasses.field(default_factory=list)
@@ -66,20 +66,20 @@ def evaluate(
     Args:
       saved: the run.
       suites: by name, as in ``Task.suites``.
-      members: ids; all by default.
-      step: a saved one; each group's last by default.
-      tests: tests per condition, as far as there are rules; those of the run by default.
+      members: ids; all members by default.
+      step: a saved step; by default each group's last.
+      tests: tests per condition, at most one per available instruction; by default the run's number.
       options: layout on the machine.
       samples: answers to return per member and slice.
-      say: is told what is being done.
+      say: called with progress messages.
 
-    Raises BadInput for a member or a step that is not there, and where nothing can be tested.
+    Raises BadInput for an unknown member or step, and if nothing can be tested.
     """
     chosen = _choose(saved, members)
     for group, _ in chosen:
         if step is not None and step not in saved.steps(group):
             listed = ", ".join(map(str, saved.steps(group))) or "none"
-            raise BadInput(f"--step={step}: is not saved for group {group.name}; saved are {listed}")
+            raise BadInput(f"--step={step}: group {group.name} has no such checkpoint; saved steps: {listed}")
     subjects = [group.members[row] for group, rows in chosen for row in rows]
     layout = (options or Options()).resolve(subjects)
     pools = RulePools(subjects)
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _choose(saved: SavedRun, members: Sequence[str] | None) -> list[tuple[Group, list[int]]]:
-    """The groups with chosen members, and which rows those are."""
+    """The groups that contain chosen members, with the rows of these members."""
     known = [member.id for member in saved.sweep.members]
     unknown = [name for name in members or () if name not in known]
     if unknown:
@@ -119,7 +119,7 @@ def _choose(saved: SavedRun, members: Sequence[str] | None) -> list[tuple[Group,
 
 
 class _GroupTester:
-    """Tests members of one group, condition after condition; tests of one shape share a compiled program."""
+    """Tests members of one group, one condition at a time; tests of the same shape share a compiled program."""
 
     def __init__(self, saved: SavedRun, group: Group, rows: Sequence[int], pools: RulePools, step: int | None,
                  tests: int, layout: Layout, samples: int, say: Callable[[str], None]):  # fmt: skip
@@ -137,7 +137,7 @@ class _GroupTester:
     def test(
         self, conditions: Mapping[str, Mapping[int, Condition]], outcome: Evaluation, say: Callable[[str], None]
     ) -> None:
-        """Adds the rows of these conditions: name -> row of the group -> condition."""
+        """Adds the rows of these conditions (name -> row of the group -> condition) to ``outcome``."""
         members = self.group.members
         settings = {(n, row): c.setting(members[row]) for n, of_row in conditions.items() for row, c in of_row.items()}
         shape = self.group.task.common_shape([self.group.shape, *(setting.shape for setting in settings.values())])
@@ -151,7 +151,7 @@ class _GroupTester:
                 rules[row] = self.group.task.testable(subject.trained, condition.rules(subject))[: self.tests]
             none = [members[row].id for row in of_row if len(rules[row]) == 0]
             if none:
-                outcome.left_out.append(f"{name} has no rules to test for {', '.join(none)}")
+                outcome.left_out.append(f"{name} has no instructions to test for {', '.join(none)}")
             rows = [row for row in of_row if len(rules[row])]
             if rows:
                 condition = of_row[rows[0]]
@@ -182,7 +182,7 @@ class _GroupTester:
             for column, slice in enumerate(slices_of(condition, self.group.task)):
                 tests, right, *_ = map(int, counts[place, column])
                 if not tests:
-                    outcome.left_out.append(f"{name}/{slice} has no test for {member.id}")
+                    outcome.left_out.append(f"{name}/{slice} has no tests for {member.id}")
                     continue
                 outcome.results.append(result_row(who, member, "unseen", f"{name}/{slice}", right, tests, status))
                 outcome.errors += error_rows(who, self.group.task, "unseen", f"{name}/{slice}", counts[place, column])

@@ -1,14 +1,14 @@
-"""Members as Transformers GPT-2 checkpoints, for tools that read those.
+"""Exports members as Transformers GPT-2 checkpoints.
 
-The tensors are the decoder's own, renamed, where the member has LayerNorm; what GPT-2 has and the decoder lacks
-(biases) is zero. GPT-2 has no RMSNorm, but computes the same function when the residual stream is doubled: of
-``(x, -x)`` the mean is 0 and the variance is that of ``x`` about 0, so LayerNorm gives ``(x, -x) / rms(x)``. Then
+If the member uses LayerNorm, the tensors are the decoder's own, renamed; biases, which GPT-2 has and the decoder may
+lack, are zero. GPT-2 has no RMSNorm, but computes the same function if the residual stream is doubled to ``(x, -x)``:
+its mean is 0 and its variance is the mean square of ``x``, so LayerNorm gives ``(x, -x) / rms(x)``. Then
 
-- what writes to the stream (embeddings, the last matrix of attention and MLP) writes ``(w, -w)``;
-- the norms scale by ``(g, 0)``, and what reads the stream reads its first half;
-- there are twice as many heads, so that a head keeps its size and its softmax its scale; the new ones are zero.
+- layers that write to the stream (embeddings, the output matrices of attention and MLP) write ``(w, -w)``;
+- the norms scale by ``(g, 0)``, and layers that read the stream read its first half;
+- there are twice as many heads, so that head size and softmax scale are unchanged; the added heads are zero.
 
-The first half of every hidden state is the member's, entry by entry; so are the first ``heads`` heads.
+The first half of every hidden state and the first ``heads`` heads equal the member's.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu"}  # Flax's gelu is the tanh f
 
 
 def gpt2_checkpoint(group: Group, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What ``config.json`` and ``model.safetensors`` say.
+    """The content of ``config.json`` and ``model.safetensors``.
 
     Args:
-      group: what the member was trained in.
+      group: the group in which the member was trained.
       params: the decoder's parameters of one member (no leading axis), as arrays.
 
     Returns:
       The configuration, and float32 tensors by their names in Transformers' ``GPT2LMHeadModel``.
 
     Raises:
-      BadInput: the decoder's positions are not learned.
+      BadInput: the decoder does not use learned positions.
     """
     c, decoder = group.config, make_decoder(group)
     if c.positions != "learned":
-        raise BadInput(f"--config.positions={c.positions}: cannot be exported, GPT-2 has learned positions only; "
+        raise BadInput(f"--config.positions={c.positions}: cannot be exported: GPT-2 has learned positions only; "
                        "train with --config.positions=learned")  # fmt: skip
     norm: Any = make_norm(c, "any")
     doubled = c.norm == "rmsnorm"
     copies = 2 if doubled else 1
 
     def extended(leaf, axis=0):
-        """For what reads the doubled stream, and for the heads that are zero."""
+        """Pads with zeros: layers that read the doubled stream, and the added heads."""
         return np.concatenate([leaf, np.zeros_like(leaf)], axis) if doubled else leaf
 
     def mirrored(leaf):
-        """For what writes to the doubled stream."""
+        """Appends the negative: layers that write to the doubled stream."""
         return np.concatenate([leaf, -leaf], axis=-1) if doubled else leaf
 
     def three(leaf):
-        """Queries, keys and values, each with the heads that are zero."""
+        """Queries, keys and values, each with the added zero heads."""
         return np.concatenate([extended(part, axis=-1) for part in np.split(leaf, 3, axis=-1)], axis=-1)
 
     tensors: dict[str, np.ndarray] = {}
@@ -118,7 +118,7 @@ def gpt2_checkpoint(group: Group, params: Any) -> tuple[dict[str, Any], dict[str
 
 
 def tokenizer_files(group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``tokenizer.json`` and ``tokenizer_config.json`` say: one token per character, our token ids."""
+    """The content of ``tokenizer.json`` and ``tokenizer_config.json``: one token per character, with our token ids."""
     characters = group.config.characters
     tokenizer: dict[str, Any] = {
         "version": "1.0",
@@ -129,7 +129,7 @@ def tokenizer_files(group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
         "decoder": {"type": "Fuse"},
-        # The unknown token is not in the vocabulary, so that a character outside the alphabet is an error.
+        # The unknown token is deliberately not in the vocabulary, so a character outside the alphabet is an error.
         "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "unknown"},
     }
     config = {
@@ -145,14 +145,14 @@ def tokenizer_files(group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write_checkpoint(out: Path, group: Group, member: Member, params: Any, step: int, diverged_at: int = -1) -> None:
-    """Writes a member as a directory that ``from_pretrained`` reads.
+    """Writes a member to a directory that ``from_pretrained`` can load.
 
     Args:
-      out: the directory; made if need be.
+      out: the directory; created if necessary.
       group, params: see ``gpt2_checkpoint``.
-      member: whose parameters they are.
-      step: steps that it was trained for.
-      diverged_at: step at which it was frozen; -1 if it was not.
+      member: the member that the parameters belong to.
+      step: number of steps it was trained for.
+      diverged_at: step at which it diverged and was frozen; -1 if it did not.
 
     Raises:
       BadInput: GPT-2 cannot express the member, safetensors is missing, or ``out`` is not empty or cannot be written.
@@ -192,13 +192,13 @@ def export_member(
     step: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Writes a member of a saved run, see ``write_checkpoint``; as it was at ``step``, or at its last saved step.
+    """Exports a member of a saved run at ``step``, by default its last saved step; see ``write_checkpoint``.
 
     Returns the step. Raises BadInput as ``write_checkpoint`` and ``SavedRun`` do, and for an unknown member.
     """
     places = {member.id: (group, row) for group in saved.groups for row, member in enumerate(group.members)}
     if member_id not in places:
-        raise BadInput(f"--member={member_id}: {saved.path} has no such member; its config.json names those it has")
+        raise BadInput(f"--member={member_id}: {saved.path} has no such member; its config.json lists them")
     group, row = places[member_id]
     step, params, diverged_at = saved.params(group, step, say)
     params = jax.tree.map(lambda leaf: leaf[row], params)
@@ -213,22 +213,24 @@ def _readme(group: Group, member: Member, step: int, diverged_at: int) -> str:
         notes.append(f"**It diverged at step {diverged_at}** and was frozen there.")
     if c.norm == "rmsnorm":
         notes.append(
-            "It has RMSNorm, which GPT-2 lacks. So the residual stream is doubled to (x, -x), whose LayerNorm is the\n"
-            f"RMSNorm of x: n_embd is {2 * c.width} where the member's width is {c.width}, and of the {2 * c.heads} "
-            f"heads the last {c.heads} are\nzero. The function is the same. Look at the first {c.width} entries of a "
-            f"hidden state and at the first {c.heads} heads."
+            "The member uses RMSNorm, which GPT-2 lacks. The residual stream is therefore doubled to (x, -x), whose\n"
+            f"LayerNorm is the RMSNorm of x: n_embd is {2 * c.width} instead of {c.width}, and of the {2 * c.heads} "
+            f"heads the last {c.heads} are\nzero. The model computes the same function. Only the first {c.width} "
+            f"entries of a hidden state and the first {c.heads} heads matter."
         )
     if c.precision != "float32":
-        notes.append(f"It was trained and tested in {c.precision} arithmetic; its parameters are float32, as here.")
+        notes.append(
+            f"It was trained and tested in {c.precision} arithmetic; its parameters are float32, as in this checkpoint."
+        )
     if group.shape.ragged:
         notes.append(
-            "Lengths vary. In a batch, pad on the left (the tokenizer does) and pass `attention_mask` and\n"
-            "`position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)`; `generate` makes the latter itself."
+            "Lengths vary. In a batch, pad on the left (as the tokenizer does) and pass `attention_mask` and\n"
+            "`position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)`; `generate` computes the latter itself."
         )
     paragraphs = "\n\n".join(notes)
     return f"""# {member.id}: a GPT-2 trained on the task {setting.name}
 
-A model of the laboratory `instrdiv`. {setting.about} One token per character; `{setting.characters[PAD]}` is padding.
+A model trained with `instrdiv`. {setting.about} One token per character; `{setting.characters[PAD]}` is padding.
 
 {paragraphs}
 
@@ -253,7 +255,7 @@ def _as_json(value: dict[str, Any]) -> bytes:
 
 
 def _example_prompt(group: Group, member: Member) -> str:
-    """The prompt of a test: a held-out instruction and an input, without padding."""
+    """The prompt of one test, a held-out instruction and an input, without padding."""
     setting = member.setting
     rule = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), setting.source.held_out(1).arrays())
     key = setting.test_key(stream_key(TEST_STREAM, 0), jax.numpy.int32(0))

@@ -1,10 +1,10 @@
-"""A whole fine-tuning run: train a population of adapters, write its tables and adapters; resume where a launch ended.
+"""A complete fine-tuning run: train a population of adapters, write its tables and adapters; resume an earlier launch.
 
 A run directory has ``config.json`` (base, recipe, members, digests of their data), ``provenance.json``, ``metrics.csv``
 (a row per member and report), ``source_losses.csv`` (a row per member, report and source), ``timings.csv``,
-``checkpoints/adapters/<step>/`` and, in the end, ``adapters/<member>/``, which PEFT reads. An *example* of these tables
-is a packed row. The same call again resumes, or reads a finished run back; it may use another mesh, which changes
-rounding alone.
+``checkpoints/adapters/<step>/`` and, once training is finished, ``adapters/<member>/``, which PEFT can load. In these
+tables, an *example* is a packed row. Repeating the call resumes the run, or loads it if it is finished; the mesh may be
+different, which only changes rounding.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from instrdiv.training.adapters import ChunkMetrics
 from instrdiv.training.chunks import TIMING_COLUMNS, ChunkLoop, Saving, Work
 from instrdiv.training.recipe import AdapterMember, Recipe
 
-#: Columns of metrics.csv: one row per member and report. Loss and norm are of the steps since the last report.
+#: Columns of metrics.csv: one row per member and report. Loss and norm cover the steps since the last report.
 ADAPTER_METRIC_COLUMNS = (
     *("figure", "member", "seed", "step", "examples_seen", "loss", "response_tokens", "gradient_norm", "status"),
 )
 #: Columns of source_losses.csv: what each source of a member's data contributed to its loss.
 SOURCE_COLUMNS = ("figure", "member", "seed", "step", "source", "loss", "response_tokens")
 
-#: Of the group, in tables and among the checkpoints: all members of a run train together.
+#: The name of the group in tables and checkpoints; all members of a run train together as one group.
 _GROUP = "adapters"
-#: What is removed where another run begins; what a launcher leaves, too, or it would be taken for the new run's.
+#: What is removed when a run is overwritten. Includes a launcher's files, so that none are mistaken for the new run's.
 _FILES = (
     *("results.csv", "metrics.csv", "source_losses.csv", "timings.csv", "provenance.json", "base.csv", "samples.csv"),
     *("packing.csv", "cleaning.csv", "dropped.csv", "held_out.csv", "claims.csv"),
@@ -65,12 +65,12 @@ _FOLDERS = ("checkpoints", "adapters", "rows")
 
 @dataclasses.dataclass
 class FineTuned:
-    """What a run leaves behind.
+    """The outcome of a run.
 
     Attributes:
-      members: as they were trained.
+      members: the members, in training order.
       metrics, source_losses, timings: rows of the three tables.
-      adapters: of every member, by its id (numpy, at its own rank).
+      adapters: member id -> its adapter (numpy, at its own rank).
     """
 
     members: tuple[AdapterMember, ...]
@@ -80,7 +80,7 @@ class FineTuned:
     adapters: dict[str, Adapter]
 
     def population(self, config: ModelConfig) -> Adapters:
-        """All adapters as one population's (numpy), in the order of the members."""
+        """All adapters stacked into one population (numpy), in the order of the members."""
         loras = [member.lora for member in self.members]
         stacked = lora.stack_adapters(config, loras, [self.adapters[member.id] for member in self.members])
         return Adapters(stacked, lora.scales(loras))
@@ -103,20 +103,20 @@ def finetune(
 
     Args:
       model: the base.
-      members, data: what is trained, and the packed rows of each.
-      recipe: how.
-      mesh: where (``make_mesh``); by default one device.
-      run_dir: where tables, checkpoints and adapters go; None keeps everything in memory. A directory that holds this
-        very run is resumed.
-      figure: name of the run, for tables.
-      base: name or path of the base, for the adapters' files.
-      progress: show a bar (or plain lines).
-      overwrite: start anew in a directory that holds another run.
-      schedule: when checkpoints are made, besides at the end; by default every two minutes.
+      members, data: the adapters to train, and the packed rows of each.
+      recipe: how to train them.
+      mesh: the devices (``make_mesh``); one device by default.
+      run_dir: directory for tables, checkpoints and adapters; None keeps everything in memory. If it contains this same
+        run, the run is resumed.
+      figure: name of the run, for the tables.
+      base: name or path of the base, recorded in the adapters' files.
+      progress: show a progress bar (or plain lines).
+      overwrite: start from scratch in a directory that contains another run.
+      schedule: when to write checkpoints, in addition to the one at the end; every two minutes by default.
 
     Raises:
-      BadInput: one line for the user; except for a disk that fills up, before anything compiles.
-      Interrupted: SIGINT or SIGTERM came; everything is saved. (Only with a ``run_dir``.)
+      BadInput: a one-line message for the user; raised before anything compiles, unless the disk fills up.
+      Interrupted: SIGINT or SIGTERM was received; everything is saved. (Only with a ``run_dir``.)
     """
     job = Job(model, tuple(members), tuple(data), recipe, mesh or make_mesh())
     job.check()
@@ -125,7 +125,7 @@ def finetune(
         with reporter:
             return _Launch(job, figure, reporter).train()
     path, started = Path(run_dir), time.monotonic()
-    check_usable(path)  # asked before anything is made there
+    check_usable(path)  # fails early, before anything is created
     said = _describe(job, figure, base)
 
     def describe() -> dict[str, Any]:
@@ -138,7 +138,7 @@ def finetune(
         checkpoints = stack.enter_context(Checkpoints(path / "checkpoints" / _GROUP, reporter.note))
         launch = _Launch(job, figure, reporter, path, checkpoints)
         if launch.trainer.step == recipe.steps and all((path / "adapters" / m.id).is_dir() for m in members):
-            reporter.note(f"{path}: finished earlier, read back")
+            reporter.note(f"{path}: already finished; loading its results")
             return launch.train()
         provenance = Provenance(path)
         facts: dict[str, Any] = {"mesh": dict(job.mesh.shape)}
@@ -154,7 +154,7 @@ def finetune(
 
 
 class _Launch:
-    """One launch, from the last checkpoint on; without a directory, nothing is written."""
+    """One launch, resuming from the last checkpoint; without a directory, nothing is written."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class _Launch:
                 record[name] for name in ("metrics", "sources", "timings")
             )
             reporter.resume(len(job.members) * checkpoint.step * job.recipe.batch_size)
-            reporter.note(f"goes on from step {checkpoint.step}")
+            reporter.note(f"resuming from step {checkpoint.step}")
             restored = (checkpoint.step, checkpoint.arrays)
         try:
             self.trainer = AdapterTrainer(job, restored)
@@ -198,7 +198,7 @@ class _Launch:
         work = Work(_GROUP, recipe.steps, recipe.chunk_steps, examples, self._places)
 
         def measure(metrics: ChunkMetrics) -> tuple:
-            # A copy: the state itself is donated to the next chunk.
+            # Copied, because the state itself is donated to the next chunk.
             return metrics, trainer.state.diverged_at + 0
 
         ChunkLoop(work, trainer, self.timings, measure, self._report, saving).run()
@@ -210,10 +210,10 @@ class _Launch:
         return {"metrics": self.metrics, "sources": self.source_losses, "timings": self.timings}
 
     def _report(self, step: int, results: tuple[ChunkMetrics, np.ndarray], seconds: float | None) -> None:
-        """Adds the rows of a chunk, which took so many seconds."""
+        """Adds the rows of a chunk, which took ``seconds``."""
         metrics, diverged = results
         losses = []
-        with np.errstate(invalid="ignore"):  # a source without tokens, or a member that is frozen, has no mean
+        with np.errstate(invalid="ignore"):  # no mean for a source without tokens or a frozen member
             by_source = metrics.losses / metrics.tokens
             overall = metrics.losses.sum(-1, dtype=np.float32) / metrics.tokens.sum(-1)
         for row, member in enumerate(self.members):
@@ -250,7 +250,7 @@ class _Launch:
 
 
 def _describe(job: Job, figure: str, base: str | None) -> dict[str, Any]:
-    """What config.json says: everything that decides what is trained."""
+    """The content of config.json: everything that determines what is trained."""
     config, weights = job.model.config, job.model.weights
 
     @functools.cache
@@ -271,7 +271,7 @@ def _describe(job: Job, figure: str, base: str | None) -> dict[str, Any]:
 
 
 def data_digest(rows: Packed) -> str:
-    """Changes whenever a packed data set does."""
+    """A digest that changes whenever a packed data set does."""
     digest = hashlib.sha256(json.dumps(rows.source_names).encode())
     for name in ("tokens", "positions", "segments", "loss_mask", "sources"):
         array = np.ascontiguousarray(getattr(rows, name))
@@ -281,7 +281,7 @@ def data_digest(rows: Packed) -> str:
 
 
 def weights_digest(weights: Mapping[str, Any]) -> str:
-    """Changes whenever a weight does (a collision aside); the same on any mesh. Computed where the weights lie."""
+    """A digest of all weights; the same on any mesh. Computed where the weights are stored."""
     words = {name: int(_digest(leaf)) for name, leaf in named_leaves(weights).items()}
     shapes = {name: f"{leaf.dtype} {leaf.shape}" for name, leaf in named_leaves(weights).items()}
     return hashlib.sha256(json.dumps([words, shapes], sort_keys=True).encode()).hexdigest()[:16]
@@ -289,7 +289,7 @@ def weights_digest(weights: Mapping[str, Any]) -> str:
 
 @jax.jit
 def _digest(array: jax.Array) -> jax.Array:
-    """uint32: the numbers' bits, weighted by odd numbers that hang on their place, modulo 2^32."""
+    """uint32: the sum of the elements' bit patterns, weighted by odd numbers derived from their indices, mod 2^32."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     place = jnp.zeros(array.shape, jnp.uint32)
@@ -299,27 +299,29 @@ def _digest(array: jax.Array) -> jax.Array:
 
 
 def _same_run(path: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says, if it is this run, wherever its base lies now; BadInput, naming what differs."""
+    """The content of config.json, if it is this run (the base may have moved). Raises BadInput naming what differs."""
     try:
         there = json.loads((path / "config.json").read_text())
         differ = list(_differences(there, said))
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path / 'config.json'} cannot be read ({error}); --overwrite starts anew") from None
+        raise BadInput(
+            f"{path / 'config.json'} cannot be read ({error}); pass --overwrite to start from scratch"
+        ) from None
     if differ:
         raise another_run(path, differ[:8])
     return there
 
 
 def _differences(there: Any, asked: Any, name: str = "") -> Iterator[str]:
-    """The fields in which two descriptions differ, with both values."""
+    """Yields the fields in which two descriptions differ, with both values."""
     if isinstance(there, Mapping) and isinstance(asked, Mapping):
         for field in dict.fromkeys([*there, *asked]):
-            if field not in ("id", "name"):  # one follows from the rest; the other is where the base lies today
+            if field not in ("id", "name"):  # the id follows from the rest; the name is the base's current path
                 yield from _differences(there.get(field), asked.get(field), f"{name}.{field}" if name else field)
     elif name == "members" and isinstance(there, list) and len(there) == len(asked):
         for number, pair in enumerate(zip(there, asked, strict=True)):
             yield from _differences(*pair, f"member {number}")
     elif name == "members":
-        yield f"members ({len(there or [])} there, {len(asked)} asked for)"
+        yield f"members: {len(there or [])} saved, {len(asked)} requested"
     elif there != asked:
-        yield f"{name} ({there} there, {asked} asked for)"
+        yield f"{name}: {there} saved, {asked} requested"

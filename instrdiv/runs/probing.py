@@ -1,9 +1,9 @@
-"""What a run will take, and the block that suits it, measured: a few steps, and the compiler's own account of memory.
+"""Measures the cost of a run and its best block size, from a few steps and the compiler's own memory analysis.
 
-``planning`` counts and guesses in an instant; ``forecast`` compiles a group's program at full shape, without giving it
-memory, and runs one block of members for a second or two. The groups with most arithmetic are probed first; when that
-has taken a minute, what is left is scaled from them. ``choose_block`` tries blocks of several sizes on the group with
-most arithmetic.
+``planning`` only counts and guesses, instantly; ``forecast`` compiles a group's program at full shape, without
+allocating its memory, and runs one block of members for a second or two. The groups with the most FLOPs are probed
+first; after a minute, the remaining groups are extrapolated from them. ``choose_block`` tries several block sizes on
+the group with the most FLOPs.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from instrdiv.training.members import Trainer, abstract_member, chunk_program, c
 from instrdiv.training.order import ExampleOrder
 from instrdiv.training.population import stack_group
 
-#: Seconds that each timed part of a probe takes, about.
+#: Approximate duration of each timed part of a probe, in seconds.
 _SECONDS = 1.5
-#: Seconds after which no other group is probed.
+#: Seconds after which no further group is probed.
 _ENOUGH_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """The forecast cost of a run.
 
     Attributes:
-      compile_seconds, training_seconds, test_seconds: of all groups.
-      device_bytes: memory that one device needs at its peak; of a CPU, its share of ``host_bytes``.
-      host_bytes: memory of this process at its peak; on CPU devices it includes theirs.
-      groups, probed: how many there are, and how many of them were probed; the others are scaled from these.
+      compile_seconds, training_seconds, test_seconds: totals over all groups.
+      device_bytes: peak memory of one device; for a CPU device, its share of ``host_bytes``.
+      host_bytes: peak memory of this process; with CPU devices it includes theirs.
+      groups, probed: number of groups, and of those that were probed; the others are extrapolated from these.
     """
 
     compile_seconds: float
@@ -68,15 +68,15 @@ class Forecast:
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         peak = f"{in_bytes(self.host_bytes)} of this machine's memory"
         if jax.default_backend() != "cpu":
-            peak = f"{in_bytes(self.device_bytes)} a device"
+            peak = f"{in_bytes(self.device_bytes)} per device"
         probe = "from a short probe"
         if self.probed < self.groups:
-            probe += f" of {self.probed} of {self.groups} groups (the others by their FLOPs)"
+            probe += f" of {self.probed} of {self.groups} groups (the others scaled by FLOPs)"
         return (
-            f"{probe}: {duration(self.seconds)} in all (compilation {duration(self.compile_seconds)}, "
+            f"{probe}: {duration(self.seconds)} in total (compilation {duration(self.compile_seconds)}, "
             f"training {duration(self.training_seconds)}, tests {duration(self.test_seconds)}); {peak} at the peak"
         )
 
@@ -93,9 +93,9 @@ class _GroupForecast:
 def forecast(
     sweep: Sweep, options: Options, say: Callable[[str], None] = lambda line: None, conditions: int = 0
 ) -> Forecast:
-    """Probes groups of a sweep on this machine; ``say`` is told of each. Raises BadInput as ``run`` would.
+    """Probes groups of a sweep on this machine; calls ``say`` for each. Raises BadInput as ``run`` would.
 
-    ``conditions``: under how many the members are tested besides, once they are trained.
+    ``conditions``: number of additional conditions under which the members are tested after training.
     """
     started = time.monotonic()
     layout = options.resolve(sweep.members)
@@ -113,12 +113,13 @@ def forecast(
     def in_all(seconds: str, work: Sequence[float]) -> float:
         return sum(getattr(p, seconds) for p in probed.values()) * sum(work) / sum(work[place] for place in probed)
 
-    # The estimates of memory that could not be checked err as those that could.
+    # Assume that the memory estimates of unprobed groups are off by the same factor as the worst probed one.
     error = max(p.device_bytes / plans[place].device_bytes for place, p in probed.items())
     device_bytes = [
         probed[place].device_bytes if place in probed else error * plan.device_bytes for place, plan in enumerate(plans)
     ]
-    # Groups follow one another. What the probe took of this process, a run takes; and a copy of the state, to save.
+    # Groups run one after another. A run needs what the probe needed of this process, plus a copy of the state for
+    # checkpointing.
     on_cpu = layout.devices if jax.default_backend() == "cpu" else 0
     needed = max(on_cpu * peak + plan.state_bytes for peak, plan in zip(device_bytes, plans, strict=True))
     more = needed - on_cpu * max(p.probe_bytes for p in probed.values())
@@ -137,12 +138,12 @@ def forecast(
 
 @dataclasses.dataclass(frozen=True)
 class BlockChoice:
-    """A layout whose block was measured.
+    """A layout whose block size was chosen by measurement.
 
     Attributes:
-      layout: with it.
-      rates: size of a block -> examples a second of the whole group, as measured.
-      too_large: why the next larger block was not tried; empty where none was too large.
+      layout: the layout with the chosen block size.
+      rates: block size -> measured examples per second of the whole group.
+      too_large: why the next larger block does not fit; empty if none was too large.
     """
 
     layout: Layout
@@ -151,8 +152,8 @@ class BlockChoice:
 
     @property
     def text(self) -> str:
-        """One line for people."""
-        rates = ", ".join(f"{rate:,.0f} by {size}" for size, rate in self.rates.items())
+        """A one-line summary."""
+        rates = ", ".join(f"{rate:,.0f} with {size}" for size, rate in self.rates.items())
         limit = f"; {self.too_large}" if self.too_large else ""
         return f"members_per_vmap={self.layout.members_per_vmap} chosen by a probe: examples/s {rates}{limit}"
 
@@ -160,19 +161,20 @@ class BlockChoice:
 def choose_block(
     members: Sequence[Member], options: Options, pools: RulePools, say: Callable[[str], None] = lambda line: None
 ) -> BlockChoice:
-    """Measures which block of members trains fastest, on the group with most arithmetic.
+    """Measures which block size trains fastest, on the group with the most FLOPs.
 
-    Sizes about twice as large are tried until one is slower than the one before, or too large for the memory of a
-    device: by the compiler's account, scaled to the group that needs most by the plan's estimates; or because running
-    out of it says so. The smallest within 2 % of the best is chosen. A size costs a compilation and a second or two.
+    The size is roughly doubled until it is slower than the one before or does not fit into a device's memory, either
+    by the compiler's analysis (scaled, by the plan's estimates, to the group that needs the most) or because running it
+    fails for lack of memory. The smallest size within 2 % of the best is chosen. Each size costs a compilation and a
+    second or two.
 
     Args:
-      members: of one cohort.
+      members: the members of one cohort.
       options: the layout; ``members_per_vmap`` is ignored.
-      pools: the members' rules.
-      say: is told of every size that is tried.
+      pools: the members' instructions.
+      say: called with a message for every size that is tried.
 
-    Raises BadInput where the layout cannot be, or not even one member at a time fits.
+    Raises BadInput if the layout is impossible, or not even one member at a time fits.
     """
     groups = make_groups(members, attention=options.attention)
 
@@ -191,7 +193,7 @@ def choose_block(
             scale = max(plan.device_bytes for plan in plans) / plans[place].device_bytes
             rates[size] = _block_rate(groups[place], layout, pools, scale)
         except _TooLarge as reason:
-            too_large = f"{size} need {reason}"
+            too_large = f"{size} member(s) need {reason}"
             break
         if len(rates) > 1 and rates[size] < list(rates.values())[-2]:
             break
@@ -208,7 +210,7 @@ def _probe(group: Group, layout: Layout, pools: RulePools, sweep: Sweep, conditi
     config = group.config
     whole_piece = piece_size(sweep.dev_tests, sweep.tests, layout.data_parallel)
 
-    # One block of members on every device; fewer examples, or tests, where a step, or a piece, would take long.
+    # One block of members per device, with fewer examples or tests if a step or a piece would take long.
     guess = flops_per_example(group) * layout.members_per_vmap
     guess /= REACHED_FLOPS[jax.default_backend()] * layout.data_parallel
     batch = _as_many(config.batch_size, guess, layout.data_parallel)
@@ -266,25 +268,25 @@ class _TooLarge(Exception):
 
 
 def _block_sizes(members: int, options: Options) -> list[int]:
-    """Sizes to try for a group of so many members: about 1, 2, 4, …, such that blocks are equal and few are idle."""
+    """Sizes to try for a group of ``members``: about 1, 2, 4, …, with blocks of equal size and few idle members."""
     each = math.ceil(members / ((options.devices or jax.device_count()) // options.data_parallel))
     doubled = [1 << power for power in range((each - 1).bit_length() + 1)]
     return list(dict.fromkeys(math.ceil(each / math.ceil(each / size)) for size in doubled))
 
 
 def _block_rate(group: Group, layout: Layout, pools: RulePools, scale: float) -> float:
-    """Examples a second of all members of a group; its full shape, few steps.
+    """Examples per second of all members of a group, at full shape over a few steps.
 
-    Raises _TooLarge where ``scale`` times its memory is more than a device has.
+    Raises _TooLarge if ``scale`` times its memory is more than a device has.
     """
     config, members, block = group.config, len(group.members), layout.members_per_vmap
     mesh = make_mesh(layout.devices, layout.data_parallel)
     size = padded_size(members, mesh, block)
-    # The same number of steps whatever the block; where the chunk is no longer, this is the very program of the run.
+    # The number of steps does not depend on the block. If a chunk is not longer, this is exactly the run's program.
     guess = flops_per_example(group) * config.batch_size * members / layout.devices
     steps = max(1, min(config.chunk_steps, int(_SECONDS * REACHED_FLOPS[jax.default_backend()] / guess)))
 
-    # Not zeros: a GPU multiplies those faster than other numbers.
+    # Not zeros, which a GPU multiplies faster than other numbers.
     def make_state():
         key = jax.random.key(0)
         return jax.tree.map(
@@ -296,7 +298,7 @@ def _block_rate(group: Group, layout: Layout, pools: RulePools, scale: float) ->
         program = _compile_at_full_shape(group, pools, mesh, block, steps)
         needed, limit = scale * program_bytes(program), _device_bytes()
         if limit is not None and needed > limit:
-            raise _TooLarge(f"{in_bytes(needed)} of {in_bytes(limit)} a device")
+            raise _TooLarge(f"{in_bytes(needed)}, but a device has {in_bytes(limit)}")
         state = jax.jit(make_state, out_shardings=NamedSharding(mesh, P("member")))()
         tables, data = stack_group(group, pools, size)
         tables, data = put(tables, mesh, P()), put(data, mesh, P("member"))
@@ -312,35 +314,35 @@ def _block_rate(group: Group, layout: Layout, pools: RulePools, scale: float) ->
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _TooLarge("more memory than there is") from None
+        raise _TooLarge("more memory than is available") from None
     return members * steps * config.batch_size / seconds
 
 
 def _device_bytes() -> int | None:
-    """Memory of a device that programs may use; None where the backend does not say (CPU)."""
+    """Device memory available to programs; None if the backend does not report it (CPU)."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _as_many(of: int, seconds: float, multiple: int) -> int:
-    """As many of these, at so many seconds each, as take about ``_SECONDS``; a multiple, as ``of`` is."""
+    """How many of ``of`` items, at ``seconds`` each, take about ``_SECONDS``; a multiple of ``multiple``."""
     return max(multiple, min(of, int(_SECONDS / seconds) // multiple * multiple))
 
 
 def _test_flops(group: Group, plan: GroupPlan, sweep: Sweep, conditions: int) -> float:
-    """FLOPs of a group's tests, nearly: as ``_probe`` counts them, a decoded answer like one that is read."""
+    """Approximate FLOPs of the tests of a group, as in ``_probe``, as if decoding cost as much as teacher forcing."""
     tests = (group.config.chunks + 1) * sweep.dev_tests + (3 + conditions) * sweep.tests
     return (plan.members + plan.idle) * tests * flops_per_example(group) / 3
 
 
 def _compile_at_full_shape(group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int, steps: int) -> Any:
-    """The program of a chunk of so many steps, for all members as the run will use it, from shapes alone."""
+    """Compiles the run's program for a chunk of ``steps`` steps of all members, from shapes alone."""
     program = chunk_program(group, mesh, members_per_vmap)
     return program.lower(*chunk_shapes(group, pools, mesh, members_per_vmap, steps)).compile()
 
 
 def _time(work: Callable[[], Any]) -> tuple[float, float]:
-    """By how many seconds the first call takes longer than the others, to compile; and seconds of one of these."""
+    """Returns the compile time (how much longer the first call takes) and the time of a later call, in seconds."""
     started = time.monotonic()
     jax.block_until_ready(work())
     first = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""A whole run: train the groups of a sweep, test their members, write the tables; go on where a launch ended."""
+"""A complete run: train the groups of a sweep, test their members, write the tables; resume an earlier launch."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from instrdiv.training.members import StepMetrics, Trainer
 
 @dataclasses.dataclass
 class Run:
-    """What a run leaves behind.
+    """The outcome of a run.
 
     Attributes:
       results, metrics, timings: rows of the three tables.
-      params: of every member, by its id (numpy trees); empty where they were not asked for.
-      headline: the slice that thresholds are about.
-      saved: its directory; None where it has none.
+      params: member id -> its parameters (numpy trees); empty unless requested.
+      headline: the slice on which thresholds are computed.
+      saved: its run directory; None if it has none.
     """
 
     results: list[Row]
@@ -58,12 +58,12 @@ class Run:
     saved: SavedRun | None = None
 
     def threshold(self, x: str = "instructions") -> thresholds.Threshold:
-        """I50 on the headline's unseen examples. Raises BadInput where members differ in more than ``x`` and seed."""
+        """I50 on the headline's unseen examples. Raises BadInput if members differ in more than ``x`` and seed."""
         self._check_varies_only(x)
         return thresholds.threshold(thresholds.select(self.results, "unseen", self.headline), x)
 
     def plot(self, path_stem: Path | str | None = None, **options: Any):
-        """The picture of figure 2a; see ``plots.instruction_curve``. Raises BadInput as ``threshold`` does."""
+        """Draw figure 2a; see ``plots.instruction_curve``. Raises BadInput as ``threshold`` does."""
         self._check_varies_only("instructions")
         options = {"slice": self.headline} | options
         return plots.instruction_curve(self.results, None if path_stem is None else Path(path_stem), **options)
@@ -71,12 +71,12 @@ class Run:
     def _check_varies_only(self, x: str) -> None:
         others = [name for name in varying(self.results) if name != x]
         if others:
-            raise BadInput(f"the members differ in {', '.join(others)}, not in {x} alone: a curve over all of them "
-                           "would mix them; thresholds.by_setting has one for each of their values")  # fmt: skip
+            raise BadInput(f"the members differ in {', '.join(others)}, not only in {x}, so one curve would mix "
+                           "them; thresholds.by_setting gives one threshold per setting")  # fmt: skip
 
 
 def plan(sweep: Sweep, options: Options | None = None) -> Plan:
-    """Validates a sweep and says what it will take, without building a table or compiling anything."""
+    """Validates a sweep and estimates its cost, without building a table or compiling anything."""
     sweep.validate()
     options = options or Options()
     layout = options.resolve(sweep.members)
@@ -98,20 +98,20 @@ def run(
 
     Args:
       sweep: the members and their tests.
-      run_dir: where tables and checkpoints go (see ``docs/architecture.md``); None keeps everything in memory. A
-        directory that holds this very run is read back if it is finished, and resumed if it is not. Members that the
-        directory lacks are trained as a cohort of their own.
-      options: layout on the machine. What it leaves open is taken from an earlier launch in the same directory; at the
-        first one, on an accelerator, a probe of a minute or so chooses ``members_per_vmap``.
-      progress: show a bar (or plain lines).
-      overwrite: start anew in a directory that holds another run.
+      run_dir: directory for tables and checkpoints (see ``docs/architecture.md``); None keeps everything in memory. If
+        it contains this same run, the run is loaded if finished and resumed otherwise. Members that it lacks are
+        trained as a separate cohort.
+      options: layout on the machine. Unset options are taken from an earlier launch in the same directory; on the first
+        launch, on an accelerator, a probe of about a minute chooses ``members_per_vmap``.
+      progress: show a progress bar (or plain lines).
+      overwrite: start from scratch in a directory that contains another run.
       keep_params: copy the trained parameters to the host.
-      schedule: when checkpoints are made, besides at the end; by default every two minutes.
-      there: the run in ``run_dir``, where it has been opened already.
+      schedule: when to write checkpoints, in addition to the one at the end; every two minutes by default.
+      there: the run in ``run_dir``, if it is already open.
 
     Raises:
-      BadInput: one line for the user; except for a disk that fills up, before anything compiles.
-      Interrupted: SIGINT or SIGTERM came; everything is saved. (Only with a ``run_dir``.)
+      BadInput: a one-line message for the user; raised before anything compiles, unless the disk fills up.
+      Interrupted: SIGINT or SIGTERM was received; everything is saved. (Only with a ``run_dir``.)
     """
     sweep.validate()
     options = options or Options()
@@ -123,11 +123,11 @@ def run(
         cohorts = RunDirectory.check(path, sweep, options, overwrite, there)
         if there and len(there.cohorts) == len(cohorts) and there.is_finished():
             if progress:
-                Reporter(0).note(f"{path}: finished earlier, read back")
+                Reporter(0).note(f"{path}: already finished; loading its results")
             return _read_back(there, keep_params)
     pools = RulePools(sweep.members)
     for source in {member.setting.source for member in sweep.members}:
-        held_out_rules(source, sweep.dev_tests, sweep.tests)  # large enough? asked before anything is written
+        held_out_rules(source, sweep.dev_tests, sweep.tests)  # fails early, before anything is written, if too few
     schedule = schedule or Schedule()
 
     def lay_out(cohort: Cohort) -> Cohort:
@@ -152,8 +152,8 @@ def run(
             launch.curves = stack.enter_context(TensorBoard(directory.path / "tensorboard", directory.sweep.members))
             launch.curves.write([row for row in directory.read_metrics() if row["group"] in done])
         params = launch.train(groups, keep_params).params
-        launch.stop_if_asked("all groups")
-        reporter.working("comparing held-out rules with trained ones")
+        launch.stop_if_asked("the end of the last group")
+        reporter.working("comparing held-out instructions with trained ones")
         directory.write_resemblance(resemblance_rows(directory.sweep, pools))
         directory.write_provenance(
             rule_digests=rules,
@@ -177,7 +177,7 @@ def _reporter(groups: Sequence[tuple[Group, Layout]], progress: bool) -> Reporte
 
 @dataclasses.dataclass
 class _Launch:
-    """What the groups of one launch share; without a directory, nothing is written."""
+    """State shared by the groups of one launch; without a directory, nothing is written."""
 
     sweep: Sweep
     pools: RulePools
@@ -188,10 +188,10 @@ class _Launch:
     curves: TensorBoard | None = None
 
     def train(self, groups: Sequence[tuple[Group, Layout]], keep_params: bool) -> Run:
-        """Trains and tests groups, one after another."""
+        """Trains and tests the groups one after another."""
         outcome = Run([], [], [], headline=self.sweep.task.headline)
         for group, layout in groups:
-            self.stop_if_asked(f"group {group.name} has not begun")
+            self.stop_if_asked(f"the start of group {group.name}")
             with _GroupRun(self, group, layout) as runner:
                 runner.train()
                 runner.test()
@@ -203,13 +203,13 @@ class _Launch:
         return outcome
 
     def stop_if_asked(self, where: str) -> None:
-        """Leaves, if that was asked for. To be called where everything up to ``where`` is on disk."""
+        """Raises Interrupted if a stop was requested. Call only when everything up to ``where`` is on disk."""
         if self.stop:
             self.stop.leave_if_asked(where)
 
 
 def _read_back(saved: SavedRun, keep_params: bool, params: dict[str, Any] | None = None) -> Run:
-    """The tables of a finished run, and the parameters of its members that are not given."""
+    """Loads the tables of a finished run, and the parameters of members missing from ``params``."""
     results, metrics, timings = (read_table(saved.path / f"{name}.csv") for name in ("results", "metrics", "timings"))
     params = dict(params or {})
     if keep_params:
@@ -224,10 +224,10 @@ def _by_member(group: Group, params: Any) -> dict[str, Any]:
 
 
 class _GroupRun:
-    """Trains and tests one group; with a directory, from its last checkpoint on.
+    """Trains and tests one group; with a directory, resumes from its last checkpoint.
 
     Attributes:
-      metrics, timings, results: its rows of the three tables, those of earlier launches included.
+      metrics, timings, results: the group's rows of the three tables, including those of earlier launches.
     """
 
     def __init__(self, launch: _Launch, group: Group, layout: Layout):
@@ -258,21 +258,24 @@ class _GroupRun:
             self.checkpoints.__exit__(kind, error, traceback)
 
     def _restored(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The last whole checkpoint, and the rows that belong to it."""
+        """Loads the last intact checkpoint and its table rows; returns its step and arrays, or None."""
         checkpoint = self.checkpoints.latest() if self.checkpoints else None
         if checkpoint is None or self.checkpoints is None:
             return None
         record = checkpoint.record
         if record["members"] != [member.id for member in self.group.members]:
-            raise BadInput(f"{self.checkpoints.path}: holds checkpoints of other members; --overwrite starts anew")
+            raise BadInput(
+                f"{self.checkpoints.path}: contains checkpoints of different members; "
+                "pass --overwrite to start from scratch"
+            )
         if record["rules"] != self._rules:
-            raise BadInput(f"{other_rules(self.checkpoints.path)}, or --overwrite to start anew")
+            raise BadInput(f"{other_rules(self.checkpoints.path)}, or pass --overwrite to start from scratch")
         self.metrics, self.timings = record["metrics"], record["timings"]
         if self.curves:
             self.curves.write(self.metrics)
         done = checkpoint.step * self.group.config.batch_size * len(self.group.members)
         self.reporter.resume(done)
-        self.reporter.note(f"group {self.group.name}: goes on from step {checkpoint.step}")
+        self.reporter.note(f"group {self.group.name}: resuming from step {checkpoint.step}")
         return checkpoint.step, checkpoint.arrays
 
     def _test_pieces(self, split: str) -> Iterator[tuple]:
@@ -280,7 +283,7 @@ class _GroupRun:
         return self.evaluator.pieces(tests)
 
     def train(self) -> None:
-        """Chunk after chunk, each followed by the tests on unseen_dev."""
+        """Trains chunk by chunk, testing on unseen_dev after each one."""
         trainer, group, config = self.trainer, self.group, self.group.config
         if trainer.step == config.steps:
             return
@@ -288,13 +291,13 @@ class _GroupRun:
         dev = list(self._test_pieces("unseen_dev"))
 
         def measure(metrics: StepMetrics) -> tuple:
-            # A copy: the state itself is donated to the next chunk.
+            # Copied, because the state itself is donated to the next chunk.
             return metrics, self.evaluator.count(dev), trainer.state.diverged_at + 0
 
         examples = len(group.members) * config.batch_size
         work = Work(group.name, config.steps, config.chunk_steps, examples, group.shape.sequence)
         loop = ChunkLoop(work, trainer, self.timings, measure, self._report, self._saving())
-        # Compiled before there is a chunk to run: its memory would come on top.
+        # Compile before a chunk runs; otherwise compilation memory would add to the chunk's.
         jax.block_until_ready(self.evaluator.count(dev[:1]))
         loop.run()
 
@@ -307,7 +310,7 @@ class _GroupRun:
         return Saving(self.checkpoints, launch.schedule, record, launch.stop) if self.checkpoints else None
 
     def _report(self, step: int, results: tuple, seconds: float | None) -> None:
-        """Adds the rows of a chunk, which took so many seconds."""
+        """Adds the rows of a chunk, which took ``seconds``."""
         metrics, counts, diverged = results
         config, group = self.group.config, self.group
         exact_match = []
@@ -338,7 +341,7 @@ class _GroupRun:
         self.reporter.report(examples, seconds, group.shape.sequence, exact_match, where)
 
     def test(self) -> None:
-        """Makes the rows of results.csv: every member, split and slice that has tests."""
+        """Makes the rows of results.csv: one per member, split and slice that has tests."""
         diverged = np.asarray(self.trainer.state.diverged_at)
         splits = ["unseen_dev", "unseen", "seen"]
         if any(math.isfinite(member.setting.tail_shape) for member in self.group.members):
@@ -362,19 +365,19 @@ class _GroupRun:
             self.directory.write_results(self.results, errors, samples)
 
     def _leave_if_asked(self) -> None:
-        """Leaves, if that was asked for: the last checkpoint has everything."""
+        """Raises Interrupted if a stop was requested; the last checkpoint already contains everything."""
         config = self.group.config
         self.launch.stop_if_asked(f"group {self.group.name}, step {config.steps} of {config.steps}")
 
     def member_params(self) -> dict[str, Any]:
-        """Trained parameters by member id, as numpy trees."""
+        """Returns the trained parameters by member id, as numpy trees."""
         return _by_member(self.group, jax.device_get(self.trainer.state.params))
 
 
 def resemblance_rows(sweep: Sweep, pools: RulePools) -> list[Row]:
-    """How much the ``unseen`` rules look like each member's trained ones; a row per member."""
+    """Rows, one per member, on how closely the ``unseen`` instructions resemble its trained ones."""
     largest = max(member.setting.instructions for member in sweep.members)
-    compared = max(16, min(256, 10_000_000 // largest))  # letter by letter, the same ones for all members
+    compared = max(16, min(256, 10_000_000 // largest))  # compared letter by letter; the same number for all members
     rows = []
     for member in sweep.members:
         held_out = held_out_rules(member.setting.source, sweep.dev_tests, sweep.tests)["unseen"]

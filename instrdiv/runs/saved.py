@@ -1,4 +1,4 @@
-"""The files of a run: written by one launch at a time, read by any."""
+"""The files of a run: written by one launch at a time, readable by any process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METRIC_COLUMNS = (
     *("figure", "group", "member", "seed", "step", "examples_seen", "loss", "gradient_norm", "train_exact_match"),
     *("unseen_dev_exact_match", "unseen_dev_tests", "status"),
 )
-#: What identifies a row of results.csv; with the error class, of errors.csv.
+#: Key columns of results.csv; together with the error class, also of errors.csv.
 RESULT_KEY = ("member", "step", "split", "slice")
 
 _FILES = (
@@ -52,11 +52,11 @@ _FOLDERS = ("checkpoints", "tensorboard")
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Members that were launched together, and their layout. Those added later form a cohort of their own.
+    """Members that were launched together, and their layout. Members added later form another cohort.
 
     Attributes:
-      members, layout: of all its groups.
-      block_rates: where a probe chose ``members_per_vmap``: examples a second of each size that it tried.
+      members, layout: shared by all its groups.
+      block_rates: if a probe chose ``members_per_vmap``, examples per second for each size that it tried.
     """
 
     members: tuple[Member, ...]
@@ -65,23 +65,23 @@ class Cohort:
 
 
 def task_named(said: Mapping[str, Any], config: Path) -> type[Task]:
-    """The task that a config.json names; BadInput where nobody has defined it."""
+    """The task that a config.json names. Raises BadInput if it is not defined."""
     name = said.get("task", DEFAULT_TASK)
     task = find_task(name)
     if task is None:
-        raise BadInput(f"{config} names the task {name}, which is not known here: name the file that defines it, "
-                       "--task=FILE.py; a launcher needs another --run_dir, or --overwrite")  # fmt: skip
+        raise BadInput(f"{config} uses the task {name}, which is not defined here: pass the file that defines it with "
+                       "--task=FILE.py; a launcher needs a different --run_dir, or --overwrite")  # fmt: skip
     return task
 
 
 def other_rules(path: Path) -> str:
-    """What to say where the rules that are made here are not those of a checkpoint."""
-    return (f"{path}: was trained on other rules than are made here; bring back the file that they were read from, "
-            "use the version of instrdiv that provenance.json names")  # fmt: skip
+    """The message for a checkpoint trained on other instructions than those generated now."""
+    return (f"{path}: was trained on different instructions than are generated now; restore the data file that "
+            "they were read from, use the version of instrdiv named in provenance.json")  # fmt: skip
 
 
 def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Layout]]:
-    """The groups of all cohorts with their layouts, named g0, g1, … throughout."""
+    """The groups of all cohorts with their layouts, numbered g0, g1, … across cohorts."""
     groups: list[tuple[Group, Layout]] = []
     for cohort in cohorts:
         made = make_groups(cohort.members, len(groups), cohort.layout.attention)
@@ -90,22 +90,22 @@ def number_groups(cohorts: Sequence[Cohort]) -> list[tuple[Group, Layout]]:
 
 
 class SavedRun:
-    """A run directory, to be read: what was run, and its checkpoints.
+    """A run directory opened for reading: what was run, and its checkpoints.
 
     Attributes:
       path: the directory.
-      sweep: all members, as ordered in the tables.
-      cohorts: the same, as they were launched.
-      groups: as trained; ``group.members`` are the rows of its arrays.
+      sweep: all members, in the order of the tables.
+      cohorts: the same members, as they were launched.
+      groups: the groups as trained; row i of a group's arrays is ``group.members[i]``.
 
-    Raises BadInput where there is no run, or its config.json is damaged.
+    Raises BadInput if there is no run, or its config.json is damaged.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         config = self.path / "config.json"
         if not config.is_file():
-            raise BadInput(f"--run_dir={path}: holds no run (there is no config.json)")
+            raise BadInput(f"--run_dir={path}: holds no run (it has no config.json)")
         try:
             there = json.loads(config.read_text())
             settings = setting_of(task_named(there, config))
@@ -117,26 +117,26 @@ class SavedRun:
             if isinstance(error, BadInput):
                 raise
             raise BadInput(
-                f"{config} cannot be read ({type(error).__name__}: {error}); --overwrite starts anew"
+                f"{config} cannot be read ({type(error).__name__}: {error}); pass --overwrite to start from scratch"
             ) from None
         self.groups = tuple(group for group, _ in number_groups(self.cohorts))
 
     @classmethod
     def at(cls, path: Path | str) -> SavedRun | None:
-        """The run in a directory; None where it holds none. Raises BadInput where config.json is damaged."""
-        # Not Path.is_file, which raises for a name that is too long: ``RunDirectory.check`` says that better.
+        """The run in a directory, or None if it has none. Raises BadInput if config.json is damaged."""
+        # Not Path.is_file, which raises if the name is too long; ``RunDirectory.check`` has a clearer message for that.
         return cls(path) if os.path.isfile(Path(path) / "config.json") else None
 
     @property
     def devices(self) -> int:
-        """The most devices that it was laid out on."""
+        """The largest number of devices used by any cohort."""
         return max(cohort.layout.devices for cohort in self.cohorts)
 
     def checkpoints(self, group: Group, say: Callable[[str], None] = lambda line: None) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints" / group.name, say)
 
     def steps(self, group: Group) -> list[int]:
-        """Saved steps, ascending."""
+        """The saved steps, ascending."""
         with self.checkpoints(group) as checkpoints:
             return checkpoints.steps()
 
@@ -147,23 +147,23 @@ class SavedRun:
         say: Callable[[str], None] = lambda line: None,
         rules: Mapping[int, str] | None = None,
     ) -> tuple[int, Any, np.ndarray]:
-        """The parameters of a group as they were saved.
+        """Loads the saved parameters of a group.
 
         Args:
           group: one of ``groups``.
-          step: one of ``steps``; the last whole one by default.
-          say: is told of damaged ones that are passed over.
-          rules: row of a member -> digest of its rules, which must be those that it was trained on.
+          step: one of ``steps``; by default the last intact one.
+          say: called with a message for each damaged checkpoint that is skipped.
+          rules: row of a member -> digest of its instructions; must match those it was trained on.
 
         Returns:
           The step, the decoder's parameters (numpy, leading axis ``len(group.members)``), ``diverged_at`` int32 [M].
 
-        Raises BadInput where there is no such checkpoint, or it is damaged.
+        Raises BadInput if there is no such checkpoint, it is damaged, or the digests do not match.
         """
         with self.checkpoints(group) as checkpoints:
             saved = checkpoints.steps()
             if not saved or step not in (None, *saved):
-                listed = f"saved are {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
+                listed = f"saved steps: {', '.join(map(str, saved))}" if saved else "nothing is saved yet"
                 asked = "" if step is None else f"--step={step}: "
                 raise BadInput(f"{asked}{checkpoints.path} has no such checkpoint; {listed}")
             damaged = []
@@ -174,7 +174,7 @@ class SavedRun:
                     damaged.append(f"{checkpoints.path / str(number)}: the checkpoint is damaged: {error}")
                     continue
                 for line in damaged:
-                    say(f"{line}; that of step {number} is used")
+                    say(f"{line}; using step {number} instead")
                 if any(found.record["rules"][row] != digest for row, digest in (rules or {}).items()):
                     raise BadInput(other_rules(checkpoints.path))
                 members = len(group.members)
@@ -183,11 +183,11 @@ class SavedRun:
             raise BadInput(damaged[0])
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other launches out while entered. Raises BadInput where one is running."""
+        """Context manager that locks the directory. Raises BadInput if another launch holds the lock."""
         return locked(self.path)
 
     def done(self) -> set[str]:
-        """Names of the groups that were trained to their end and tested, and have all their rows in the tables."""
+        """Names of the groups that are fully trained and tested, with all their rows in the tables."""
         tested = {
             (row["member"], row["step"]) for row in read_cells(self.path / "results.csv") if row["split"] == "seen"
         }
@@ -200,9 +200,9 @@ class SavedRun:
         }
 
     def write_results(self, results: Sequence[Row], errors: Sequence[Row] = (), samples: Sequence[Row] = ()) -> None:
-        """Adds rows to the tables of results, each in place of an older one of the same key; results.csv last.
+        """Merges rows into the result tables, replacing rows with the same key; writes results.csv last.
 
-        To be called while ``locked``. Raises BadInput where they cannot be written.
+        Call only while ``locked``. Raises BadInput if they cannot be written.
         """
         task = self.sweep.task
         with clear_errors(self.path):
@@ -211,27 +211,27 @@ class SavedRun:
             merge_table(self.path / "results.csv", results, result_columns(task), RESULT_KEY, task.default_row())
 
     def read_metrics(self) -> list[Row]:
-        """The rows of metrics.csv so far."""
+        """The rows written to metrics.csv so far."""
         path = self.path / "metrics.csv"
         return read_table(path) if path.exists() else []
 
     def is_finished(self) -> bool:
-        """Every group is done, and what is written last is there for every member."""
+        """Whether every group is done and resemblance.csv, which is written last, covers every member."""
         compared = {row["member"] for row in read_cells(self.path / "resemblance.csv")}
         return len(self.done()) == len(self.groups) and {member.id for member in self.sweep.members} <= compared
 
 
 class RunDirectory(SavedRun):
-    """A run directory that a launch writes to, after ``check`` found that it may."""
+    """A run directory that a launch writes to, once ``check`` has accepted it."""
 
     @classmethod
     def check(
         cls, path: Path, sweep: Sweep, options: Options, overwrite: bool, there: SavedRun | None = None
     ) -> list[Cohort]:
-        """The cohorts that this sweep makes in this directory: those that are there, and one of what is new.
+        """The cohorts of this sweep in this directory: the existing ones, plus one for any new members.
 
-        ``there`` is the run in the directory, where it has been opened. Writes nothing. Raises BadInput where the
-        directory cannot be used for this sweep.
+        ``there`` is the run in the directory, if it is already open. Writes nothing. Raises BadInput if the directory
+        cannot be used for this sweep.
         """
         if not check_usable(path) or overwrite:
             return [Cohort(sweep.members, options.resolve(sweep.members))]
@@ -241,7 +241,7 @@ class RunDirectory(SavedRun):
             raise another_run(path, differ)
         there_already = {member.id for member in run.sweep.members}
         new = tuple(member for member in sweep.members if member.id not in there_already)
-        # Members that come later are computed as those that are there, or a figure would mix two ways.
+        # New members use the existing attention implementation, so that a figure does not mix two.
         options = dataclasses.replace(options, attention=options.attention or run.cohorts[0].layout.attention)
         return [*run.cohorts, Cohort(new, options.resolve(new))] if new else run.cohorts
 
@@ -255,11 +255,12 @@ class RunDirectory(SavedRun):
         overwrite: bool,
         lay_out: Callable[[Cohort], Cohort] = lambda cohort: cohort,
     ) -> Iterator[RunDirectory]:
-        """Makes the directory and says in config.json what is being run; nobody else may meanwhile.
+        """Creates and locks the directory, and writes config.json.
 
-        A cohort that is new is passed through ``lay_out``, which may improve its layout.
+        A new cohort is passed through ``lay_out``, which may improve its layout.
 
-        Raises BadInput as ``check``, which is asked again: another launch may have come and gone.
+        Raises BadInput as ``check`` does; ``check`` is repeated under the lock because another launch may have run in
+        the meantime.
         """
 
         def describe() -> dict[str, Any]:
@@ -279,16 +280,17 @@ class RunDirectory(SavedRun):
             yield cls(path)
 
     def check_layouts(self, groups: Sequence[tuple[Group, Layout]]) -> None:
-        """Raises BadInput where this machine lacks the devices that groups were laid out on."""
+        """Raises BadInput if a group's saved layout does not fit this machine."""
         for group, layout in groups:
             try:
                 layout.check(group.members)
             except BadInput as error:
-                raise BadInput(f"{self.path / 'config.json'}: lays out group {group.name} otherwise than this machine "
-                               f"can ({error}); go on where it began, or edit the layout there") from None  # fmt: skip
+                raise BadInput(f"{self.path / 'config.json'}: the saved layout of group {group.name} does not fit this "
+                               f"machine ({error}); resume on a machine like the original, or edit the layout in that "
+                               "file") from None  # fmt: skip
 
     def write_progress(self, group: Group, metrics: Sequence[Row], timings: Sequence[Row]) -> None:
-        """Replaces the group's rows of metrics.csv and timings.csv; those of the others stay."""
+        """Replaces the group's rows in metrics.csv and timings.csv; keeps those of other groups."""
         with clear_errors(self.path):
             for name, rows, columns in (("metrics", metrics, METRIC_COLUMNS), ("timings", timings, TIMING_COLUMNS)):
                 path = self.path / f"{name}.csv"
@@ -300,7 +302,7 @@ class RunDirectory(SavedRun):
             write_table(self.path / "resemblance.csv", rows, tuple(rows[0]))
 
     def write_provenance(self, **facts: Any) -> None:
-        """Says where and with what this launch runs; what earlier launches said is kept below it."""
+        """Writes this launch's environment and ``facts`` to provenance.json; keeps the entries of earlier launches."""
         self._provenance.write(**facts)
 
     @functools.cached_property
@@ -322,7 +324,7 @@ def _write_cohort(cohort: Cohort) -> dict[str, Any]:
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Named arrays as the nested dictionaries that their dotted names spell."""
+    """Converts arrays with dotted names to nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, last = name.split(".")
@@ -334,22 +336,22 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
-    """What makes this sweep another run than the one that is there, with both values; more members make none.
+    """How this sweep differs from the saved run, with both values; additional members are not a difference.
 
-    A layout that is left open (None, or its default) differs in nothing.
+    A layout option that is not set (None, or its default) never differs.
     """
     theirs_is, ours_is = run.sweep.task.name, sweep.task.name
-    if theirs_is != ours_is:  # the members have nothing in common that could be compared
-        return [f"task ({theirs_is} there, {ours_is} asked for)"]
+    if theirs_is != ours_is:  # members of different tasks have no fields in common to compare
+        return [f"task: {theirs_is} saved, {ours_is} requested"]
     differ = [
-        f"{name} ({getattr(run.sweep, name)} there, {getattr(sweep, name)} asked for)"
+        f"{name}: {getattr(run.sweep, name)} saved, {getattr(sweep, name)} requested"
         for name in ("figure", "dev_tests", "tests")
         if getattr(run.sweep, name) != getattr(sweep, name)
     ]
     for name, value in dataclasses.asdict(options).items():
         kept = {getattr(cohort.layout, name) for cohort in run.cohorts}
         if value not in (None, getattr(Options(), name)) and kept != {value}:
-            differ.append(f"{name} ({', '.join(map(str, sorted(kept)))} there, {value} asked for)")
+            differ.append(f"{name}: {', '.join(map(str, sorted(kept)))} saved, {value} requested")
     asked = {member.id for member in sweep.members}
     if all(member.id in asked for member in run.sweep.members):
         return differ
@@ -357,8 +359,8 @@ def _differences(run: SavedRun, sweep: Sweep, options: Options) -> list[str]:
     for name in ours[0]:
         old, new = ({row[name]: None for row in rows} for rows in (theirs, ours))
         if not set(old) <= set(new):
-            differ.append(f"{name} ({_few(old)} there, {_few(new)} asked for)")
-    return differ or [f"members ({len(theirs)} there, {len(ours)} asked for)"]
+            differ.append(f"{name}: {_few(old)} saved, {_few(new)} requested")
+    return differ or [f"members: {len(theirs)} saved, {len(ours)} requested"]
 
 
 def _few(values: dict[Any, None]) -> str:

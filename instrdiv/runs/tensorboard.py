@@ -1,4 +1,4 @@
-"""Curves for TensorBoard: the rows of metrics.csv as events, a run of TensorBoard's a member.
+"""Curves for TensorBoard: the rows of metrics.csv as events, one TensorBoard run per member.
 
 Needs the package ``tensorboard`` (``pip install 'instrdiv[tensorboard]'``), not TensorFlow.
 """
@@ -29,15 +29,15 @@ def available() -> bool:
 class TensorBoard:
     """Writes members' curves into a directory that ``tensorboard --logdir`` shows.
 
-    A resumed run makes a new one and writes all its rows again: the events that an earlier one left in the
-    directory are removed first, so that no point is there twice.
+    A resumed run creates a new writer and writes all its rows again; events left in the directory by an earlier writer
+    are removed first, so that no point appears twice.
 
     Args:
-      directory: where the members' sub-directories go; made if need be.
-      members: whose rows will be written.
+      directory: directory for the members' subdirectories; created if necessary.
+      members: the members whose rows will be written.
 
     Raises:
-      BadInput: where the package is not installed, or the directory cannot be written.
+      BadInput: the package is not installed, or the directory cannot be written.
     """
 
     def __init__(self, directory: Path | str, members: Sequence[Member]):
@@ -55,7 +55,7 @@ class TensorBoard:
             self._writers = {member.id: EventFileWriter(str(directory / name)) for member, name in names}
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows of metrics.csv. Raises BadInput where they cannot be written."""
+        """Adds rows of metrics.csv. Raises BadInput if they cannot be written."""
         with self._clear_errors():
             self._write(rows)
 
@@ -74,7 +74,7 @@ class TensorBoard:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """Ends the event files."""
+        """Closes the event files."""
         with contextlib.suppress(Exception) if error else self._clear_errors():
             for writer in self._writers.values():
                 writer.close()
@@ -88,13 +88,13 @@ class TensorBoard:
 
 
 def member_names(members: Sequence[Member]) -> list[str]:
-    """A file name a member: what it varies, its seed and its id, such as ``instructions=256 seed=1 m1f3a90c27``."""
+    """One file name per member: the fields that vary, seed and id, such as ``instructions=256 seed=1 m1f3a90c27``."""
     rows = [member.setting.as_row() for member in members]
     fields = varying(rows)
     names = []
     for member, row in zip(members, rows, strict=True):
         text = "".join(f"{name}={row[name]:g} " if isinstance(row[name], float) else f"{name}={row[name]} "
                        for name in fields)  # fmt: skip
-        # A file name has at most 255 bytes.
+        # File names are limited to 255 bytes.
         names.append(re.sub(r"[^\w.=+ -]", "_", f"{text[:200]}seed={member.seed} {member.id}", flags=re.ASCII))
     return names

@@ -1,1 +1,1 @@
-"""What any long job needs; knows no model and no task."""
+"""What any long-running job needs, independent of model and task."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a group: written during training, trusted only when read.
+"""Checkpoints of a group: written during training, verified whenever they are read.
 
-A checkpoint is one Orbax step of two items: ``state``, every array of the group's state, flat, by name, with a leading
-axis of members; and ``record``, JSON: the rows of the tables up to that step, and a digest of every array. So a run
-is resumed from a checkpoint alone, and no table has a row more or fewer than the state it belongs to.
+A checkpoint is one Orbax step with two items: ``state``, all arrays of the group's state as a flat dict by name, with a
+leading member axis; and ``record``, JSON with the table rows up to that step and a digest of every array. A checkpoint
+is therefore enough to resume a run, and the tables always match the state exactly.
 
-Orbax makes a step appear whole or not at all; what happens to it afterward (a power cut, a full disk, a deletion cut
-short, a flipped bit) is found out by reading it: every array must have its digest. A step is deleted only when two
-later ones have been written, and never the last that could be read.
+Orbax writes a step atomically. Later damage (a power cut, a full disk, an interrupted deletion, a flipped bit) is
+detected on reading: every array must match its digest. A step is deleted only after two later ones have been written,
+and the last readable one is never deleted.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from instrdiv.runtime.errors import BadInput
 
 
 class Damaged(Exception):
-    """A checkpoint that is listed is not what was saved."""
+    """A listed checkpoint does not match what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and verified.
 
     Attributes:
-      step: steps done.
+      step: steps completed.
       arrays: name -> numpy array [M, ...]; M includes the idle members of the layout it was saved with.
-      record: what ``Checkpoints.save`` was given.
+      record: the record passed to ``Checkpoints.save``.
     """
 
     step: int
@@ -56,12 +56,12 @@ class Checkpoint:
 
 @dataclasses.dataclass
 class Schedule:
-    """When to save: after so many minutes, and whenever a multiple of so many steps has been passed.
+    """When to save: every ``minutes``, and whenever training passes a multiple of ``steps``.
 
     Attributes:
-      minutes: between two saves that only serve to go on from; infinite for none.
-      steps: checkpoints about every so many steps, which are kept for good; None for none.
-      clock: seconds.
+      minutes: interval between temporary checkpoints, which only serve to resume; infinite for none.
+      steps: approximate interval in steps between permanent checkpoints; None for none.
+      clock: returns the time in seconds.
     """
 
     minutes: float = 2.0
@@ -72,7 +72,7 @@ class Schedule:
         self._last = self.clock()
 
     def is_kept(self, step: int, chunk_steps: int) -> bool:
-        """The checkpoint at ``step``, a chunk's end, is the first past a multiple of ``steps``."""
+        """Whether the checkpoint at ``step``, the end of a chunk, is the first at or past a multiple of ``steps``."""
         return self.steps is not None and step // self.steps > (step - chunk_steps) // self.steps
 
     def is_due(self, step: int, chunk_steps: int) -> bool:
@@ -83,18 +83,18 @@ class Schedule:
 
 
 class Checkpoints:
-    """The checkpoints of one group, in a directory of their own.
+    """The checkpoints of one group, in their own directory.
 
     Args:
-      path: the directory; made by the first save.
-      say: takes a line that the user must see.
+      path: the directory; created by the first save.
+      say: called with each line that the user must see.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None):
         self.path, self._say = path.absolute(), say
-        self._saving: tuple[int, bool] | None = None  # its step, and whether it is to be kept
-        self._known: dict[int, bool] = {}  # steps that were written or read, likewise
-        # Nothing is deleted by Orbax: what may go is decided here, when the next one is known to be on disk.
+        self._saving: tuple[int, bool] | None = None  # step being saved, and whether to keep it
+        self._known: dict[int, bool] = {}  # steps written or read -> whether to keep them
+        # Orbax deletes nothing: ``wait`` deletes old steps, once the next one is known to be on disk.
         self._manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False),
@@ -102,23 +102,23 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps that are listed, ascending; they may be damaged."""
+        """The listed steps in ascending order; they may be damaged."""
         if not self.path.is_dir():
             return []
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, record: dict[str, Any], keep: bool = False) -> None:
-        """Saves the state of a group, asynchronously once its arrays have been copied to the host.
+        """Saves the state of a group: copies its arrays to the host, then writes asynchronously.
 
         Args:
-          step: steps done.
-          state: tree of arrays [M, ...] of four-byte types. Its buffers may be donated when this returns.
-          record: JSON; what belongs to this state.
-          keep: never delete it.
+          step: steps completed.
+          state: tree of arrays [M, ...] of four-byte types. Its buffers may be donated once this returns.
+          record: JSON that belongs to this state.
+          keep: never delete this checkpoint.
 
         Raises:
-          BadInput: this save, or the one before, could not be written.
+          BadInput: this save, or the previous one, could not be written.
         """
         self.wait()
         self._saving = (step, keep)
@@ -130,10 +130,10 @@ class Checkpoints:
             self.path.mkdir(parents=True, exist_ok=True)
             saving = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(sealed))
             if not self._manager.save(step, args=saving, force=True):
-                raise OSError(f"step {step} is there already")
+                raise OSError(f"step {step} already exists")
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk, then deletes what it makes superfluous. Raises BadInput."""
+        """Waits until the last save is on disk, then deletes the checkpoints it supersedes. Raises BadInput."""
         with self._clear_errors():
             self._manager.wait_until_finished()
             if self._saving is not None:
@@ -145,14 +145,14 @@ class Checkpoints:
                 del self._known[step]
 
     def settle(self) -> None:
-        """As ``wait``, but does nothing while a save is under way."""
+        """Like ``wait``, but does nothing while a save is in progress."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def read(self, step: int) -> Checkpoint:
-        """Reads a checkpoint and checks every array.
+        """Reads a checkpoint and verifies every array.
 
-        Raises Damaged; or BadInput where it is the machine that keeps it from being read, and a later try may succeed.
+        Raises Damaged; or BadInput if the machine prevents reading it, so that a later attempt may succeed.
         """
         try:
             sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
@@ -166,9 +166,11 @@ class Checkpoints:
             wrong = [n for n in names if _digest(np, np.ascontiguousarray(arrays[n])).tolist() != names[n]]
         except (Damaged, MemoryError):
             raise
-        except Exception as error:  # whatever a damaged file makes the readers raise
+        except Exception as error:  # damaged files make the readers raise many types
             if _is_passing(error):
-                raise BadInput(f"{self.path / str(step)}: cannot be read now ({_reason(error)}); mend that") from error
+                raise BadInput(
+                    f"{self.path / str(step)}: cannot be read now ({_reason(error)}); fix this and retry"
+                ) from error
             raise Damaged(f"it cannot be read ({' '.join(str(error).split())[:120]})") from None
         if wrong:
             raise Damaged(f"{wrong[0]} has changed since it was written")
@@ -176,7 +178,7 @@ class Checkpoints:
         return Checkpoint(step, arrays, content["record"])
 
     def latest(self) -> Checkpoint | None:
-        """The latest whole checkpoint, or None. Damaged ones after it are said, and set aside."""
+        """The latest intact checkpoint, or None. Later, damaged ones are reported and set aside."""
         found, damaged = None, []
         for step in reversed(self.steps()):
             try:
@@ -184,19 +186,19 @@ class Checkpoints:
                 break
             except Damaged as error:
                 damaged.append(step)
-                self._say(f"checkpoint {self.path / str(step)} is damaged: {error}; set aside, the one before is used")
+                self._say(f"checkpoint {self.path / str(step)} is damaged: {error}; set aside, using the previous one")
         for step in damaged:
             aside = self.path / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.path / str(step)).rename(aside)
         if damaged and not found:
-            self._say(f"no whole checkpoint is left in {self.path}: training starts from the beginning")
+            self._say(f"no intact checkpoint is left in {self.path}: training starts from the beginning")
         self._tidy(found.step if found else 0)
         self._manager.reload()
         return found
 
     def _tidy(self, latest: int) -> None:
-        """Removes what an interrupted save left, and finds the earlier checkpoints that may go one day."""
+        """Removes leftovers of an interrupted save, and records which checkpoints before ``latest`` to keep."""
         if not self.path.is_dir():
             return
         self.remove_unfinished()
@@ -207,12 +209,12 @@ class Checkpoints:
                     keep = json.loads(sealed["record"]["text"])["keep"]
                 except Exception as error:
                     if _is_passing(error):
-                        continue  # it may be one to keep
-                    keep = False  # half deleted: it served only to go on from
+                        continue  # it may be a permanent one
+                    keep = False  # half deleted, so it was temporary
                 self._known[step] = keep
 
     def remove_unfinished(self) -> None:
-        """Removes what saves that failed, or were cut short, have left."""
+        """Removes leftovers of failed or interrupted saves."""
         for path in self.path.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -225,12 +227,12 @@ class Checkpoints:
     def __exit__(self, kind, error, traceback) -> None:
         if error is None:
             self.wait()
-        with contextlib.suppress(Exception):  # what could go wrong is what went wrong already
+        with contextlib.suppress(Exception):  # any error here repeats an earlier one
             self.close()
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
-        """Turns whatever a failed save or deletion raises into one line that says what is left."""
+        """Turns any error of a save or deletion into a one-line BadInput that names the last intact checkpoint."""
         try:
             yield
         except Exception as error:
@@ -238,26 +240,24 @@ class Checkpoints:
             what = "an old checkpoint cannot be deleted"
             if self._saving is not None:
                 what = f"the checkpoint of step {self._saving[0]} cannot be written"
-            left = (
-                f"the last whole one is that of step {max(self._known)}" if self._known else "there is none before it"
-            )
+            left = f"the last intact one is step {max(self._known)}" if self._known else "there is no earlier one"
             raise BadInput(
                 f"{self.path}: {what} ({_reason(error)}); {left}. "
-                "Mend that, and the same command, without --overwrite, goes on from there"
+                "Fix this, then rerun the same command without --overwrite to resume"
             ) from error
 
 
 def does_not_fit(path: Path, step: int, error: Exception) -> BadInput:
     """The error for a checkpoint whose state does not match the run that would resume from it."""
     return BadInput(
-        f"{path}: the checkpoint of step {step} does not fit: {error}; "
-        "use the version that provenance.json names, or --overwrite to start anew"
+        f"{path}: the checkpoint of step {step} does not match this run: {error}; "
+        "use the version recorded in provenance.json, or --overwrite to start from scratch"
     )
 
 
 @functools.cache
 def quieten_orbax() -> None:
-    """For commands: what fails in Orbax is one line of ours; what its threads and coroutines add to it is noise."""
+    """Silences Orbax, for commands: failed saves are reported in one line, without extra noise from its threads."""
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     show = sys.unraisablehook
@@ -269,18 +269,18 @@ def quieten_orbax() -> None:
     sys.unraisablehook = show_others
 
 
-#: What the system says of itself, not of a file; the words reach us through the messages of other libraries.
+#: Errors of the system rather than of a file, as text, because other libraries only pass on the message.
 _PASSING = [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM,
                                                errno.ESTALE, errno.EIO, errno.ETIMEDOUT)]  # fmt: skip
 
 
 def _is_passing(error: BaseException) -> bool:
-    """The machine kept a file from being read; nothing is known of the file."""
+    """Whether the machine prevented reading a file, which says nothing about the file itself."""
     return any(words in str(error) for words in _PASSING)
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's words where the error has them, however deep."""
+    """The operating system's message if the error text contains one, else the beginning of that text."""
     text = " ".join(str(error).split())
     for words in (*_PASSING, *map(os.strerror, (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG))):
         if words in text:
@@ -289,20 +289,21 @@ def _reason(error: BaseException) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, its parts joined by dots."""
+    """The leaves of a tree, keyed by their dot-separated path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def stacked_state(arrays: dict[str, np.ndarray], abstract: Any, members: int, size: int) -> Any:
-    """The state of a group from the arrays of a checkpoint.
+    """Builds the state of a group from the arrays of a checkpoint.
 
     Args:
       arrays: by name, with a leading axis of ``members`` or more.
-      abstract: one member's state, as shapes and types.
-      members, size: of the group; with the idle members of the layout, which repeat the first.
+      abstract: one member's state, as shapes and dtypes.
+      members: number of members in the group.
+      size: the same plus the idle members of the layout, which repeat the first member.
 
-    Raises ValueError where they are another state's.
+    Raises ValueError if the arrays belong to a different state.
     """
     expected = named_leaves(abstract)
     if set(arrays) != set(expected):
@@ -318,9 +319,9 @@ def stacked_state(arrays: dict[str, np.ndarray], abstract: Any, members: int, si
 
 
 def _digest(xp: Any, array: Any) -> Any:
-    """uint32 [M] of an array [M, ...]: the words of each member's part, weighted by odd numbers, modulo 2^32.
+    """uint32 [M] of an array [M, ...]: the sum of each member's 32-bit words, weighted by odd numbers, modulo 2^32.
 
-    The same on host and device. Any change of one word changes it; of several, all but one in 2^32.
+    The same on host and device. Changing one word always changes it; changes to several go unnoticed once in 2^32.
     """
     words = array.view(xp.uint32).reshape(array.shape[0], -1)
     weights = 2 * xp.arange(words.shape[1], dtype=xp.uint32) + xp.uint32(1)

@@ -1,7 +1,7 @@
-"""Compiled programs, kept on disk for later launches by JAX's persistent compilation cache.
+"""Keeps compiled programs on disk for later launches, in JAX's persistent compilation cache.
 
-What a program is compiled for is part of its name there: jax and XLA with their flags, and the processor with its
-features, or the GPU. So machines may share a home directory.
+A cache key includes what the program was compiled for: the versions and flags of jax and XLA, and the CPU with its
+features or the GPU. Machines may therefore share a home directory.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pathlib import Path
 
 import jax
 
-#: A directory that holds more loses, at the next launch, what was not used for longest.
+#: Size limit; the next launch prunes a larger default directory, least recently used entries first.
 MOST_BYTES = 1 << 30
 
 
 def use_compile_cache(say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
-    """Has JAX keep every compiled program on disk, and take it from there in later processes.
+    """Makes JAX cache every compiled program on disk and reuse it in later processes.
 
-    To be called before anything is compiled; commands do. The directory is ``JAX_COMPILATION_CACHE_DIR`` (empty: none),
-    or else ``$XDG_CACHE_HOME/instrdiv``, by default ``~/.cache/instrdiv``; ``JAX_ENABLE_COMPILATION_CACHE=false``
-    turns it off. Nothing that is wrong with it ends a run: ``say`` is told where nothing can be kept, and an entry that
-    cannot be read is compiled anew and replaced.
+    Call it before anything is compiled, as the commands do. The directory is ``JAX_COMPILATION_CACHE_DIR`` (empty: no
+    cache), else ``$XDG_CACHE_HOME/instrdiv``, by default ``~/.cache/instrdiv``; ``JAX_ENABLE_COMPILATION_CACHE=false``
+    turns it off. Cache problems never stop a run: an unusable directory is reported to ``say``, and an unreadable entry
+    is recompiled and replaced.
     """
     named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not jax.config.jax_enable_compilation_cache or "://" in (named or ""):  # type: ignore[attr-defined]
         return
-    if named == "":  # JAX would put XLA's own caches into the working directory
+    if named == "":  # JAX would put XLA's caches in the working directory
         jax.config.update("jax_enable_compilation_cache", False)
         return
     try:
@@ -39,14 +39,14 @@ def use_compile_cache(say: Callable[[str], None] = lambda line: print(line, file
             prune(directory)
         if not _is_writable(directory):
             raise OSError("not writable")
-    except (OSError, RuntimeError) as error:  # a RuntimeError: there is no home directory
-        say(f"compiled programs are not kept in {named or '~/.cache/instrdiv'} ({error}); "
-            "JAX_COMPILATION_CACHE_DIR names another directory")  # fmt: skip
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        say(f"compiled programs are not cached in {named or '~/.cache/instrdiv'} ({error}); "
+            "set JAX_COMPILATION_CACHE_DIR to use another directory")  # fmt: skip
         jax.config.update("jax_enable_compilation_cache", False)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # All of them: there are few, and by default those that take less than a second are left out.
+        # Cache all programs: there are few, and the default skips those that compile in under a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     _replace_damaged(directory)
 
@@ -57,7 +57,7 @@ def _default_directory() -> Path:
 
 
 def _is_writable(directory: Path) -> bool:
-    """Files can be made in the directory, or it can be made. Writes nothing."""
+    """Whether files can be created in the directory, or the directory itself can. Writes nothing."""
     nearest = directory.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -65,15 +65,15 @@ def _is_writable(directory: Path) -> bool:
 
 
 def prune(directory: Path) -> None:
-    """Removes what was not used for longest, until the directory holds at most three quarters of what it may.
+    """Removes the least recently used entries from a directory over the limit, down to three quarters of the limit.
 
-    (JAX would do it, with the package filelock, under a lock that every reader has to wait for.)
+    (JAX can do this with the package filelock, but under a lock that every reader has to wait for.)
     """
     found = []
     for path in directory.rglob("*"):
         try:
             status = path.stat()
-        except FileNotFoundError:  # another launch was faster
+        except FileNotFoundError:  # another launch removed it first
             continue
         if path.is_file():
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
@@ -88,20 +88,20 @@ def prune(directory: Path) -> None:
 
 
 def _replace_damaged(directory: Path) -> None:
-    """Removes what JAX says it cannot read, or could not write to its end, instead of passing that on.
+    """Removes cache entries that JAX warns it cannot read or fully write, instead of showing the warning.
 
-    JAX does not write atomically, and leaves what is there as it is: what a full disk or a kill has cut short would
-    be compiled anew, with a warning, at every launch. Removed when it is read, it is written again in this launch.
+    JAX does not write atomically and never replaces an entry: one truncated by a full disk or a kill would be
+    recompiled, with a warning, at every launch. An entry removed when it is read is rewritten in the same launch.
     """
     show = warnings.showwarning
-    if getattr(show, "removes_from", None) == directory:  # called before
+    if getattr(show, "removes_from", None) == directory:  # already installed
         return
 
     def remove_or_show(message, *args, **kwargs):
         named = re.match(r"Error (?:read|writ)ing persistent compilation cache entry for '([\w-]+)'", str(message))
         if not named:
             return show(message, *args, **kwargs)
-        for entry in directory.glob(f"{named[1]}*"):  # of this name; the others are only compiled once more
+        for entry in directory.glob(f"{named[1]}*"):  # all entries of this name; intact ones are just recompiled
             try:
                 entry.unlink(missing_ok=True)
             except OSError:
@@ -109,5 +109,5 @@ def _replace_damaged(directory: Path) -> None:
 
     remove_or_show.removes_from = directory  # type: ignore[attr-defined]
     warnings.showwarning = remove_or_show
-    # Python shows a warning once, but a program of one name may have several entries.
+    # Python shows a warning only once, but several entries may share a program name.
     warnings.filterwarnings("always", message="Error (read|writ)ing persistent compilation cache entry")

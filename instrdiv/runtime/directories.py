@@ -1,4 +1,4 @@
-"""The directory of a run: one launch at a time may write to it, and what keeps it from doing so is one clear line."""
+"""The directory of a run: only one launch at a time may write to it, and each failure is reported in one clear line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instrdiv.runtime.files import plain, write_json
 def check_usable(path: Path) -> bool:
     """Whether the directory holds a run; it may be missing or empty. Writes nothing.
 
-    Raises BadInput where it holds something else, or cannot be written to.
+    Raises BadInput if it holds something else or cannot be written to.
     """
     try:
         _check_writable(path)
@@ -28,39 +28,41 @@ def check_usable(path: Path) -> bool:
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"--run_dir={path}: cannot be used ({error}); name another directory") from None
+        raise BadInput(f"--run_dir={path}: cannot be used ({error}); choose another directory") from None
     if there and not (path / "config.json").exists():
         raise BadInput(f"--run_dir={path}: is not empty and holds no run; choose another directory")
     return bool(there)
 
 
 def another_run(path: Path, differ: Sequence[str]) -> BadInput:
-    """For a directory that holds a run other than the one asked for; ``differ`` says in what, with both values."""
-    return BadInput(f"--run_dir={path}: holds another run, which differs in {', '.join(differ)}; "
-                    "choose another directory, or --overwrite to start anew")  # fmt: skip
+    """The error for a directory that holds a different run; ``differ`` lists each difference with both values."""
+    return BadInput(f"--run_dir={path}: already contains a different run ({'; '.join(differ)}); "
+                    "choose another directory, or pass --overwrite to start from scratch")  # fmt: skip
 
 
 def _check_writable(path: Path) -> None:
-    """Raises BadInput or OSError unless files can be made in ``path``, or ``path`` be made; leaves nothing behind."""
+    """Raises BadInput or OSError unless ``path`` or files in it can be created; leaves nothing behind."""
     nearest = path
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise BadInput(f"--run_dir={path}: {nearest} is a file; name a directory")
-    # A name as long as the longest one that will be made.
+        raise BadInput(f"--run_dir={path}: {nearest} is a file; choose a directory")
+    # As long as the longest path component, to find names that are too long.
     probe = nearest / f".instrdiv-{time.monotonic_ns()}".ljust(max(len(part) for part in path.parts), "-")
     try:
         probe.mkdir()
     except OSError as error:
-        raise BadInput(f"--run_dir={path}: {nearest} is not writable ({error.strerror}); name another") from None
+        raise BadInput(
+            f"--run_dir={path}: {nearest} is not writable ({error.strerror}); choose another directory"
+        ) from None
     probe.rmdir()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system gives back however the process ends.
+    """Holds the directory's lock, which the system releases however the process ends.
 
-    Raises BadInput where another launch holds it.
+    Raises BadInput if another launch holds it.
     """
     import fcntl
 
@@ -74,7 +76,7 @@ def locked(path: Path) -> Iterator[None]:
                     raise
                 file.seek(0)
                 raise BadInput(f"--run_dir={path}: is in use by {file.read().strip() or 'another launch'}; "
-                               "wait for it, or name another directory") from None  # fmt: skip
+                               "wait for it to finish, or choose another directory") from None  # fmt: skip
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -83,13 +85,13 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only is one clear line."""
+    """Turns an OSError, such as a full or read-only disk, into a one-line BadInput."""
     try:
         yield
     except OSError as error:
         raise BadInput(
-            f"--run_dir={path}: cannot be written to ({error.strerror or error}); mend that, and the same command, "
-            "without --overwrite, goes on from the last checkpoint"
+            f"--run_dir={path}: cannot be written to ({error.strerror or error}); fix this, then rerun the same "
+            "command without --overwrite to resume from the last checkpoint"
         ) from error
 
 
@@ -97,14 +99,14 @@ def clear_errors(path: Path) -> Iterator[None]:
 def begun(
     path: Path, describe: Callable[[], dict[str, Any]], files: Sequence[str], folders: Sequence[str], overwrite: bool
 ) -> Iterator[None]:
-    """Makes the directory and says in config.json what is being run; nobody else may meanwhile.
+    """Creates the directory and writes config.json; holds the directory's lock while entered.
 
     Args:
-      path: of the directory.
-      describe: makes what config.json is to say; called once nobody else can change what is there. Raises BadInput
-        where that is another run.
-      files, folders: what a run leaves in it, see ``clear``.
-      overwrite: another run begins; what is there is removed.
+      path: the directory.
+      describe: returns the content of config.json; called while the lock is held. Raises BadInput if the directory
+        holds a different run.
+      files, folders: what a run writes to the directory, see ``clear``.
+      overwrite: remove the existing run and start a new one.
     """
     with clear_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -125,10 +127,10 @@ def _holds(path: Path, value: Any) -> bool:
 
 
 def clear(path: Path, files: Sequence[str], folders: Sequence[str], whole: bool) -> None:
-    """Removes what a launch that was killed in mid-write has left of these files and of config.json; where ``whole``,
-    the files and folders themselves, for another run to begin. Raises OSError where that cannot be.
+    """Removes temporary versions of these files and of config.json that a killed launch left behind.
 
-    config.json stays, to be replaced last: without it, the directory would be nobody's.
+    With ``whole``, also removes the files and folders themselves, so that a new run can start. config.json stays until
+    it is replaced at the end: without it, the directory would not be recognized as a run. Raises OSError on failure.
     """
     for name in (*files, "config.json"):
         for leftover in path.glob(f".{name}.*"):

@@ -1,4 +1,4 @@
-"""Mistakes of the user's: told in one line, without a traceback."""
+"""User errors, reported in one line without a traceback."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 
 class BadInput(ValueError):
-    """Something a user asked for cannot be done. The message is one line: what is wrong, and what would be right."""
+    """A request that cannot be fulfilled. The message is one line: what is wrong, and what would be right."""
 
 
 @contextlib.contextmanager
 def needs(package: str, extra: str, what: str) -> Iterator[None]:
-    """Around the import of what comes with an extra: where it is missing, BadInput says how to install it."""
+    """Wraps imports from an optional extra: if the package is missing, raises BadInput with the install command."""
     try:
         yield
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Fields of settings: default, help, bounds and kind in one place, from which flags, columns and checks are made."""
+"""Fields of settings: one definition of default, help, bounds and kind, from which flags, columns and checks derive."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from instrdiv.runtime.errors import BadInput
 
-#: Kinds of fields, by what two values of one cost in a sweep. ``TABLE``: other tables on the host, the same program.
-#: ``TRACED``: another scalar on the device, the same program. ``STATIC``: another group, a compiled program of its own.
+#: Kinds of fields, by what an extra value costs in a sweep. ``TABLE``: different tables on the host, the same program.
+#: ``TRACED``: a different scalar on the device, the same program. ``STATIC``: another group, compiled separately.
 TABLE, TRACED, STATIC = "table", "traced", "static"
 
 #: Returns what is wrong with a value, or None.
@@ -32,13 +32,13 @@ def field(
     """A field of a setting.
 
     Args:
-      default: its value where nothing is said.
+      default: the default value.
       help: one line.
-      choices: its values, where they are few names.
+      choices: the allowed values, if they are a few names.
       kind: ``TABLE``, ``TRACED`` or ``STATIC``; None for settings that do not form groups.
-      bound: what its values (of a list, its items) must be, such as ``at_least(1)``; asked by its flag, and by
+      bound: a condition on the value (for a list, on each item), such as ``at_least(1)``; checked by the flag and by
         ``check_fields``.
-      infinite: infinity is one of its values.
+      infinite: whether infinity is allowed.
     """
     metadata = {"help": help, "choices": choices, "kind": kind, "bound": bound, "infinite": infinite}
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,7 +53,7 @@ def between(low: float, high: float) -> Bound:
 
 
 def from_zero_to_one(value: float) -> str | None:
-    """A share that is not all of it."""
+    """A fraction below 1."""
     return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
@@ -70,19 +70,19 @@ def number_below(high: int) -> Bound:
 
 
 def size(value: int) -> str | None:
-    """A number of things that an int32 can count."""
+    """A positive count that fits in an int32."""
     return at_least(1)(value) or (None if value < 2**31 else "must be below 2^31")
 
 
 def refuse(name: str, value: Any, why: str) -> typing.NoReturn:
-    """Raises BadInput for the value of a field, by its flag."""
+    """Raises BadInput for the value of a field, naming its flag."""
     raise BadInput(f"--config.{name}={value}: {why}")
 
 
 def check_fields(settings: Any) -> None:
-    """Raises BadInput, naming the flag, for a value that is none of the choices, not finite, or out of bounds.
+    """Raises BadInput, naming the flag, for a value that is not among the choices, not finite, or out of bounds.
 
-    Of a tuple, each item is asked for.
+    For a tuple, checks each item.
     """
     for f in dataclasses.fields(settings):
         value, about = getattr(settings, f.name), f.metadata
@@ -98,7 +98,7 @@ def check_fields(settings: Any) -> None:
 
 
 def convert_fields(settings: Any) -> None:
-    """Brings the values of a frozen dataclass to the types of their fields. Raises BadInput where that cannot be."""
+    """Converts the values of a frozen dataclass to the types of their fields. Raises BadInput if that is impossible."""
     types_of = _types(type(settings))  # type: ignore[arg-type]
     for f in dataclasses.fields(settings):
         object.__setattr__(settings, f.name, _as_type(f.name, getattr(settings, f.name), types_of[f.name]))
@@ -110,7 +110,7 @@ def _types(kind: Any) -> dict[str, Any]:
 
 
 def _as_type(name: str, value: Any, kind: Any) -> Any:
-    """The value as its field's type; numbers of any kind are welcome if they mean the same."""
+    """The value converted to its field's type; a number of another type is accepted if the conversion is exact."""
     if isinstance(kind, types.UnionType):
         if value is None:
             return None

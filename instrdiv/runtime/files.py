@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON without infinities."""
+"""Atomic file writes, and JSON without infinities."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all. Infinities are written as the strings "inf" and "-inf"."""
+    """Writes JSON atomically. Infinities are written as the strings "inf" and "-inf"."""
     with replacing(path) as file:
         json.dump(plain(value), file, indent=1)
         file.write("\n")
 
 
 class replacing:
-    """Context manager: a file that takes its place when the block ends without an error; ``mode`` is "w" or "wb"."""
+    """Context manager: a temporary file that replaces ``path`` if the block succeeds; ``mode`` is "w" or "wb"."""
 
     def __init__(self, path: Path, mode: str = "w"):
         self.path, self.mode = Path(path), mode
@@ -36,7 +36,7 @@ class replacing:
         try:
             if kind is None:
                 self.file.flush()
-                os.fsync(self.file.fileno())  # or a power cut may leave the new name with the old length, or none
+                os.fsync(self.file.fileno())  # or a power cut may leave an empty or truncated file
                 os.chmod(self.file.name, 0o644)
                 os.replace(self.file.name, self.path)
         finally:
@@ -47,7 +47,7 @@ class replacing:
 
 
 def plain(value: Any) -> Any:
-    """The value with what JSON lacks (tuples, infinities) replaced by what it has (lists, strings)."""
+    """The value with tuples as lists, and infinities and NaN as strings, which JSON can represent."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop: what runs is finished and saved first."""
+"""Graceful stop on SIGINT and SIGTERM: finish the current chunk and checkpoint first."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run stopped because it was asked to; the message says what was saved and how to go on."""
+    """A run was stopped on request; the message says what was saved and how to resume."""
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets ``requested``; the second one acts as it always does.
+    """While entered, the first SIGINT or SIGTERM only sets ``requested``; the second has its usual effect.
 
     Args:
       on_request: called with a line for the user, from the signal handler.
-      overwrites: the command says --overwrite, which must be left out to go on.
+      overwrites: whether the command has --overwrite, which must be dropped to resume.
 
-    Python allows handlers in the main thread alone: elsewhere this does nothing.
+    Python allows signal handlers only in the main thread; in other threads this does nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,13 +40,15 @@ class StopRequest:
         self._before = {}
 
     def leave_if_asked(self, where: str) -> None:
-        """Raises Interrupted, if that was asked for. To be called where everything up to ``where`` is on disk."""
+        """Raises Interrupted if a stop was requested. Call it once everything up to ``where`` is on disk."""
         if self.requested:
-            command = "The same command, without --overwrite," if self._overwrites else "The same command"
-            raise Interrupted(f"stopped and saved: {where}. {command} goes on from there")
+            command = "the same command without --overwrite" if self._overwrites else "the same command"
+            raise Interrupted(f"Checkpoint saved at {where}. Rerun {command} to resume.")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         name = signal.Signals(number).name
         self.__exit__()
-        self._on_request(f"{name}: what runs is finished and saved first; once more stops at once")
+        self._on_request(
+            f"{name} received: finishing the current chunk and checkpointing; send again to quit immediately."
+        )

@@ -1,4 +1,4 @@
-"""The mesh of devices: who holds which members, and how arrays get there."""
+"""The device mesh: which devices hold which members, and how arrays get there."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def make_mesh(
 ) -> Mesh:
     """A ('member', 'data', 'tensor') mesh over the first ``devices`` devices.
 
-    ``data_parallel`` of them share a member's batch, ``tensor_parallel`` of them every matrix product of a base; what
-    is left holds different members. ``available`` are all devices (of a machine that is only described, say), by
-    default those of this one. Raises BadInput where that does not come out even.
+    ``data_parallel`` devices share a member's batch, ``tensor_parallel`` devices share every matrix product of a base
+    model, and the remaining axis holds different members. ``available`` lists all devices, by default those of this
+    machine (it may list those of a machine that is only described). Raises BadInput if there are too few devices or the
+    sizes do not divide evenly.
     """
     available = jax.devices() if available is None else available
     if devices > len(available):
@@ -37,13 +38,13 @@ def make_mesh(
 
 
 def padded_size(members: int, mesh: Mesh, members_per_vmap: int) -> int:
-    """Members including idle ones: a multiple of the mesh's member axis times the block."""
+    """Number of members including idle ones: a multiple of the mesh's member axis times ``members_per_vmap``."""
     unit = mesh.shape["member"] * members_per_vmap
     return math.ceil(members / unit) * unit
 
 
 def put(tree: Any, mesh: Mesh, spec: P) -> Any:
-    """Host arrays onto the mesh."""
+    """Puts host arrays on the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
@@ -53,13 +54,13 @@ def over_members(
     """Compiles ``function``, written for one member, for the members of a group.
 
     Args:
-      name: of the program, as logs and profiles show it.
-      function: takes its arguments for one member and returns a tree for one member.
+      name: the program's name in logs and profiles.
+      function: takes the arguments of one member and returns a tree for one member.
       mesh: from ``make_mesh``.
-      members_per_vmap: members that are vectorized together; blocks of them run one after another.
-      in_specs: a PartitionSpec an argument; those that start with 'member' have a leading axis M, the others are
-        passed to every member as they are (their own shard of them, where sharded over 'data').
-      donate: arguments whose buffers may be reused.
+      members_per_vmap: number of members vectorized together; the blocks run one after another.
+      in_specs: one PartitionSpec per argument; arguments whose spec starts with 'member' have a leading axis M, the
+        others are passed unchanged to every member (as local shards, if sharded over 'data').
+      donate: indices of the arguments whose buffers may be reused.
 
     Returns:
       A jitted function of the stacked arguments; its results have a leading axis M. Members never communicate; the
@@ -75,7 +76,7 @@ def over_members(
         stacked = tuple(arg for m, arg in zip(mapped, args, strict=True) if m)
         return jax.lax.map(one, stacked, batch_size=members_per_vmap if members_per_vmap > 1 else None)
 
-    # check_vma=False: the one reduction over 'data' is written out, in the step.
+    # check_vma=False: the only reduction over 'data' is written explicitly, in the training step.
     sharded = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=P("member"), check_vma=False)
     sharded.__name__ = name
     return jax.jit(sharded, donate_argnums=donate, out_shardings=NamedSharding(mesh, P("member")))

@@ -1,4 +1,4 @@
-"""Commands as processes of their own, one at a time: what they say is passed on as they say it, its end is kept."""
+"""Runs commands as subprocesses, one at a time: streams their output and keeps the end of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import termios
 from collections.abc import Sequence
 from types import FrameType
 
-#: Bytes of a command's output, and lines of them, that are kept.
+#: How much of the end of a command's output is kept, in bytes and in lines.
 LAST_BYTES, LAST_LINES = 100_000, 100
 
 _PIECE = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z])|(\n)|\r|([^\x1b\r\n]+)|\x1b")
@@ -25,8 +25,8 @@ class Ended:
     """How a command ended.
 
     Attributes:
-      status: the exit status; -number for a command that a signal ended.
-      last_lines: of what it said, as a terminal shows them.
+      status: the exit status, or minus the signal number if a signal ended the command.
+      last_lines: the last lines of its output, as a terminal shows them.
     """
 
     status: int
@@ -38,12 +38,12 @@ class Ended:
 
 
 class Commands:
-    """Runs commands. While entered, SIGINT and SIGTERM go to the one that runs, which is then waited for.
+    """Runs commands. While entered, SIGINT and SIGTERM are forwarded to the running command, which is then waited for.
 
     Attributes:
-      stop: the last such signal that came; no further command should then be run.
+      stop: the last such signal received; once set, no further command should be run.
 
-    Python allows handlers in the main thread alone.
+    Python allows signal handlers only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class Commands:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str]) -> Ended:
-        """Runs a command, and passes on to standard output what it says there and on standard error.
+        """Runs a command and copies its standard output and standard error to standard output.
 
-        Where standard output is a terminal the command sees one, and may draw on it.
+        If standard output is a terminal, the command also sees a terminal and may draw on it.
         """
         terminal = sys.stdout.isatty()
         ours, theirs = os.openpty() if terminal else os.pipe()
@@ -70,16 +70,16 @@ class Commands:
             try:
                 if terminal:
                     termios.tcsetwinsize(theirs, termios.tcgetwinsize(sys.stdout))
-                # In a group of its own: a Ctrl-C then reaches it once, from here.
+                # In its own process group, so that a Ctrl-C reaches it only once, from here.
                 process = subprocess.Popen(command, stdout=theirs, stderr=theirs, process_group=0)
             finally:
                 os.close(theirs)
             try:
                 self._running = process
-                if self.stop:  # it came while the process was made
+                if self.stop:  # the signal came during process creation
                     process.send_signal(self.stop)
                 said = _pass_on_output(ours)
-            except BaseException:  # nobody listens any more; but it may have something to save, and say
+            except BaseException:  # the command may still save and print; drain its output
                 process.terminate()
                 while _read(ours):
                     pass
@@ -96,12 +96,12 @@ class Commands:
 
 
 def on_screen(output: str) -> list[str]:
-    """The lines that a terminal shows in the end: those that a progress bar drew again and again are there once."""
+    """The lines that a terminal shows in the end: lines redrawn by a progress bar appear once."""
     lines = [""]
     for control, newline, text in _PIECE.findall(output):
         if newline:
             lines.append("")
-        elif control == "\x1b[1A" and len(lines) > 1:  # up; what was there is erased and drawn anew
+        elif control == "\x1b[1A" and len(lines) > 1:  # cursor up: the line is erased and redrawn
             lines.pop()
         elif control == "\x1b[2K":
             lines[-1] = ""
@@ -110,7 +110,7 @@ def on_screen(output: str) -> list[str]:
 
 
 def _pass_on_output(source: int) -> bytes:
-    """Copies to standard output until nobody writes any more, and returns the last of it."""
+    """Copies everything from ``source`` to standard output until it is closed; returns the last bytes."""
     last = b""
     while piece := _read(source):
         sys.stdout.buffer.write(piece)
@@ -120,7 +120,7 @@ def _pass_on_output(source: int) -> bytes:
 
 
 def _read(source: int) -> bytes:
-    """What there is to read; nothing at the end, which Linux tells by an error where it is a terminal's."""
+    """Reads available bytes; empty at the end of the output, which Linux signals by EIO on a terminal."""
     try:
         return os.read(source, 1 << 16)
     except OSError as error:

@@ -16,11 +16,11 @@ from instrdiv.runtime.units import clock
 
 
 class Reporter:
-    """Shows how far a run is, how fast, and how its members do.
+    """Shows the progress and speed of a run, and how well its members do.
 
     Args:
-      total_examples: examples the whole run will train on, members counted.
-      enabled: False shows nothing.
+      total_examples: examples that the whole run trains on, summed over members.
+      enabled: whether to show progress.
       stream: where to write; standard error by default.
     """
 
@@ -56,15 +56,15 @@ class Reporter:
         where: str,
         what: str = "unseen_dev exact match",
     ) -> None:
-        """One report.
+        """Reports progress.
 
         Args:
-          examples: examples trained on since the last report, members counted.
-          seconds: how long they took; None where compilation was part of it.
-          tokens_per_example: to say tokens/s.
-          values: of every member.
+          examples: examples trained on since the last report, summed over members.
+          seconds: how long they took; None if that includes compilation.
+          tokens_per_example: used to compute tokens/s.
+          values: one per member.
           where: such as "step 40 of 600".
-          what: the values are.
+          what: name of the values.
         """
         self._done += examples
         spread = "/".join(f"{value:.2f}" for value in _spread(values))
@@ -75,21 +75,21 @@ class Reporter:
         self.working(f"{where}: {', '.join(parts)}")
 
     def resume(self, examples: int) -> None:
-        """So many examples were trained on in earlier launches."""
+        """Counts ``examples`` as already trained on in earlier launches."""
         self._done += examples
 
     def note(self, line: str) -> None:
-        """A line that stays, and is written even where progress is not shown."""
+        """Prints a permanent line, even if progress is not shown."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def note_frozen(self, member: str, who: str, status: str) -> None:
-        """Says, once a member, that it has diverged; ``who`` is in words."""
+        """Reports, once per member, that it has diverged; ``who`` describes the member in words."""
         if member not in self._noted:
             self._noted.add(member)
-            self.note(f"member {member} ({who}) {status}: it is frozen, the others go on")
+            self.note(f"member {member} ({who}) {status}: it is frozen; the others continue")
 
     def working(self, status: str) -> None:
-        """What is being done."""
+        """Shows what is being done."""
         if self._live:
             self._bar.update(self._task, completed=self._done)
             self._status.plain = status
@@ -99,7 +99,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def telling() -> Iterator[Callable[[str], None]]:
-    """Gives a function that says what is being done: in one changing line on a terminal, in plain lines elsewhere."""
+    """Yields a function that shows a status: as one changing line on a terminal, as plain lines elsewhere."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("") as status:
 

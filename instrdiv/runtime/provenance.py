@@ -1,4 +1,4 @@
-"""Where and with what a run was made: versions, devices, commit, command; and earlier launches."""
+"""Provenance of a run: versions, devices, commit and command, and the same for earlier launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instrdiv.runtime.files import write_json
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Where and with what a run was made: versions, device, commit, command; and whatever else is passed in."""
+    """Provenance of this launch: versions, devices, commit and command, plus ``facts``."""
     import jax
 
     packages = ("instrdiv", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
@@ -42,7 +42,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -62,11 +62,11 @@ def _commit() -> str | None:
 
 
 class Provenance:
-    """provenance.json of a run directory: where and with what this launch runs, and below it the earlier launches."""
+    """provenance.json of a run directory: the provenance of this launch, followed by the earlier launches."""
 
     def __init__(self, path: Path):
         self.path, self._earlier = path, []
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing where it cannot be read
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # ignore it if it cannot be read
             last = json.loads((path / "provenance.json").read_text())
             self._earlier = [*last.pop("earlier_launches", []), last]
 
@@ -76,12 +76,12 @@ class Provenance:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """What a launch said of itself. Raises BadInput if that cannot be read."""
+    """Reads a provenance.json. Raises BadInput if it cannot be read."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from None
     missing = [name for name in ("command", "versions", "devices") if not isinstance(said, dict) or name not in said]
     if missing:
-        raise BadInput(f"{path} lacks {missing[0]!r}; it is not a run's")
+        raise BadInput(f"{path} lacks {missing[0]!r}; it was not written by a run")
     return said

@@ -1,4 +1,4 @@
-"""Streams of randomness: one number per use, so that no two uses share a key."""
+"""Random streams: one number per use of randomness, so that no two uses share a key."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ EXAMPLE_STREAM, INIT_STREAM, DROPOUT_STREAM, TEST_STREAM, SUITE_STREAM, ENCRYPTE
 
 
 def stream_key(stream: int, seed: jax.Array | int) -> jax.Array:
-    """The PRNG key of one use of randomness and one seed."""
+    """The PRNG key for one use of randomness and one seed."""
     return jax.random.fold_in(jax.random.key(stream, impl="threefry2x32"), seed)

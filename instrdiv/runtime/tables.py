@@ -1,4 +1,4 @@
-"""Tidy tables: CSV files that are written whole or not at all, and read back with their types."""
+"""Tidy tables: CSV files that are written atomically and read back with their types."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Row = dict[str, Any]
 
 
 def shortest(value: Any) -> float:
-    """The float whose repr has only the digits that a float32 has."""
+    """The value as a float with the shortest repr, without digits beyond float32 precision."""
     return float(str(value))
 
 
 def write_table(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
-    """Writes a CSV whole or not at all (a temporary file, then a rename)."""
+    """Writes a CSV atomically (a temporary file, then a rename)."""
     with replacing(path) as file:
-        # Cells with characters of the line's end are quoted, and a model may answer with a lone "\r": it has to be one.
+        # csv quotes cells that contain line terminator characters, and an answer may contain "\r", so that must be one.
         writer = csv.DictWriter(_Lines(file), columns, lineterminator="\r\n")
         writer.writeheader()
         writer.writerows({name: _cell(row[name]) for name in columns} for row in rows)
 
 
 class Table(NamedTuple):
-    """A table that is to be written."""
+    """A table to be written."""
 
     columns: Sequence[str]
     rows: Iterable[Row]
 
 
 def write_table_files(directory: Path, tables: Mapping[str, Table]) -> None:
-    """Writes tables by their file names, in order: where the last one is, all are."""
+    """Writes tables by file name, in order: if the last one exists, all do."""
     for name, (columns, rows) in tables.items():
         (directory / name).parent.mkdir(exist_ok=True)
         write_table(directory / name, rows, columns)
 
 
 class _Lines(NamedTuple):
-    """A file for csv's lines, which then end with a line feed alone."""
+    """A file for csv's output that ends lines with a line feed only."""
 
     file: IO[str]
 
@@ -55,24 +55,26 @@ def read_table(path: Path, columns: Sequence[str] = (), text: Sequence[str] = ()
     """Reads a CSV; cells that are numbers become int or float, empty ones NaN.
 
     Args:
-      path: of the file.
-      columns: that the caller needs; then a table without rows is refused too.
-      text: columns that stay as they are: a rule may be ``nan -> inf``.
+      path: the file.
+      columns: columns that the caller needs; if given, a table without rows is an error too.
+      text: columns that are kept as strings: a rule may be ``nan -> inf``.
 
     Raises:
-      BadInput: if it is no table, or not this one.
+      BadInput: if the file is not a table, or lacks these columns.
     """
     if not path.exists():
         raise BadInput(f"{path} cannot be read as a table: there is no such file")
     cells = read_cells(path)
     missing = [name for name in columns if not cells or name not in cells[0]]
     if missing:
-        raise BadInput(f"{path} {f'lacks the column {missing[0]}' if cells else 'has no rows'}; it is not a run's")
+        raise BadInput(
+            f"{path} {f'lacks the column {missing[0]}' if cells else 'has no rows'}; it was not written by a run"
+        )
     return [{name: cell if name in text else _value(cell) for name, cell in row.items()} for row in cells]
 
 
 def read_cells(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV as they are written; none where there is no such file. Raises BadInput if it is no table."""
+    """The rows of a CSV as strings; empty if there is no such file. Raises BadInput if the file is not a table."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -92,9 +94,9 @@ def merge_table(
     key: Sequence[str],
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Adds rows to a CSV, each in place of the one that has the same cells in the columns ``key``, else at the end.
+    """Adds rows to a CSV: each replaces the row with the same cells in the columns ``key``, or is appended.
 
-    A column that the CSV is too old to have gets its default: what was done before there was one.
+    Columns that an older CSV lacks are filled from ``defaults``: the behavior before the column was introduced.
     """
     older = dict(defaults or {})
     merged = {tuple(row[name] for name in key): older | row for row in read_cells(path)}

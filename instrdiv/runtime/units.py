@@ -1,10 +1,10 @@
-"""Numbers of bytes and times in words."""
+"""Human-readable byte counts and times."""
 
 from __future__ import annotations
 
 
 def in_bytes(number: float) -> str:
-    """A number of bytes for people."""
+    """A human-readable number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -13,14 +13,14 @@ def in_bytes(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A time as on a clock: hours, minutes, seconds."""
+    """A time as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def duration(seconds: float) -> str:
-    """A time as people round it: 12 min, 3.5 h."""
+    """A rounded time: 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,1 +1,1 @@
-"""What is asked: the seam that every task shows (task.py), and the tasks."""
+"""Tasks: the interface that every task implements (task.py), and the tasks themselves."""

@@ -1,4 +1,4 @@
-"""Conditions: how the tests of a suite differ from the training: other settings, other rules, other prompts."""
+"""Conditions: how the tests of a suite differ from training: in settings, instructions or prompts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Subject:
     Attributes:
       member: as it was trained.
       setting: as it is tested.
-      pool: the rules it was given.
-      dev_tests, tests: how many held-out rules were used for tuning, and how many tests are wanted.
+      pool: the instructions it was given.
+      dev_tests, tests: number of held-out instructions used for tuning, and number of tests wanted.
     """
 
     member: Any
@@ -32,11 +32,11 @@ class Subject:
 
     @functools.cached_property
     def trained(self) -> Any:
-        """The rules it was trained on: those of its pool that have an example."""
+        """The instructions it was trained on: those of its pool that have examples."""
         return self.pool[np.flatnonzero(self.member.rule_counts())]
 
     def some_trained(self, count: int) -> Any:
-        """Trained rules, each equally often."""
+        """Trained instructions, each equally often."""
         return self.pool[self.member.seen_rules(count)]
 
 
@@ -45,12 +45,12 @@ class Condition:
     """How tests are made.
 
     Attributes:
-      name: the slices of its rows begin with it.
-      rules: the rules it tests, one test per rule; as many as there are, up to ``tests``.
-      changes: fields of the setting in which the tests differ from the training; besides ``Task.plain_tests``.
-      prompt: what stands for the rule in the prompt: the ``rule`` itself, another test's (``shuffled``), or padding
-        (``blanked``). Where shuffled, only tests count whose two rules give different answers.
-      slices: of ``Task.slices``; the task's headline where none is named.
+      name: prefix of the slices in its rows.
+      rules: the instructions it tests, one test each; as many as there are, up to ``tests``.
+      changes: fields of the setting that differ from training, in addition to ``Task.plain_tests``.
+      prompt: what the prompt shows: the instruction itself (``rule``), another test's (``shuffled``), or padding
+        (``blanked``). If shuffled, only tests whose two instructions give different answers count.
+      slices: of ``Task.slices``; the task's headline if empty.
     """
 
     name: str
@@ -60,31 +60,31 @@ class Condition:
     slices: tuple[str, ...] = ()
 
     def setting(self, member: Any) -> Any:
-        """The setting that tests of this member are made with. Raises BadInput where there can be none."""
+        """The setting for tests of this member. Raises BadInput if it is not valid."""
         return self.applied_to(member.setting)
 
     def applied_to(self, setting: Any) -> Any:
-        """The setting with what this condition changes. Raises BadInput where there can be none."""
+        """The setting with this condition's changes. Raises BadInput if it is not valid."""
         changed = dataclasses.replace(setting, **(dict(setting.plain_tests) | dict(self.changes)))
         changed.validate()
         return changed
 
 
-#: The conditions that a member of this setting can be tested under. BadInput where it can be under none.
+#: Returns the conditions that a member with this setting can be tested under. Raises BadInput if there are none.
 Suite = Callable[[Any], list[Condition]]
 
 
 def held_out(subject: Subject) -> Any:
-    """Held-out rules of the tested setting; the run's own ``unseen`` rules where that has the member's source.
+    """Held-out instructions of the tested setting; the run's own ``unseen`` ones if the source is the same.
 
-    None that the member was tuned on is among them.
+    Instructions that the member was tuned on are excluded.
     """
     source, own = subject.setting.source, subject.member.setting.source
     if source == own or not subject.dev_tests:
         return _held_out(source, subject.dev_tests, subject.tests)
     try:
         found = _held_out(source, 0, subject.tests + subject.dev_tests)
-    except BadInput:  # there are not so many
+    except BadInput:  # there are not that many
         found = _held_out(source, 0, subject.tests)
     if len(found) == 0:
         return found
@@ -94,7 +94,7 @@ def held_out(subject: Subject) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _held_out(source: Source, skip: int, tests: int) -> Any:
-    """The held-out rules after the first ``skip``: ``tests`` of them, or as many as there are."""
+    """The held-out instructions after the first ``skip``: ``tests`` of them, or as many as there are."""
     capacity = source.capacity(held_out=True)
     wanted = tests if capacity is None else min(tests, capacity - skip)
     if wanted <= 0:
@@ -103,12 +103,12 @@ def _held_out(source: Source, skip: int, tests: int) -> Any:
         return source.tests(skip, wanted)[1]
     except TooFew as few:
         if not few.found:
-            return take_tests(source, skip, wanted)[1]  # which says it in words
+            return take_tests(source, skip, wanted)[1]  # raises BadInput with the full message
         return source.tests(skip, few.found)[1]
 
 
 def of_the_prompt(setting: Any) -> list[Condition]:
-    """A suite for any task: held-out rules as they are, blanked in the prompt, and shuffled among the prompts."""
+    """A suite for any task: held-out instructions unchanged, blanked in the prompt, and shuffled among the prompts."""
     return [
         Condition("held_out", held_out),
         Condition("rule_blanked", held_out, prompt="blanked"),

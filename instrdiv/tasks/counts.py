@@ -1,4 +1,4 @@
-"""How many of the training examples each instruction gets: evenly, or with a long tail; the same for every task."""
+"""How many training examples each instruction gets: evenly, or with a long tail; the same for every task."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ TAIL_READINGS = ("weights", "index")
 def rule_counts(
     instructions: int, examples: int, tail_shape: float = math.inf, tail_reading: str = "weights", seed: int = 0
 ) -> np.ndarray:
-    """How many of the N examples use each of the I rules: int32 [I], summing to N exactly.
+    """How many of the N examples use each of the I instructions: int32 [I], summing to exactly N.
 
-    ``tail_shape`` infinite: counts differ by at most one. Otherwise a power law of that shape (paper P2, figure 3;
-    density f(w) = a w^(a-1)), read in one of two ways: ``weights`` (default; the only reading under which large shapes
-    tend to uniform): each rule draws a weight from that density and gets a share proportional to it; ``index``:
-    the rule of an example is floor(I u^(1/a)), u uniform. Shares become counts by largest remainder.
+    If ``tail_shape`` is infinite, counts differ by at most one. Otherwise they follow a power law of that shape (paper
+    P2, figure 3; density f(w) = a w^(a-1)), read in one of two ways: ``weights`` (default; the only reading under which
+    large shapes tend to uniform): each instruction draws a weight from that density and gets a share proportional to
+    it; ``index``: the instruction of an example is floor(I u^(1/a)), u uniform. Shares are rounded to counts by the
+    largest-remainder method.
 
-    Raises ValueError where I > N or a parameter is out of range.
+    Raises ValueError if I > N or a parameter is out of range.
     """
     if not 1 <= instructions <= examples:
         raise ValueError(f"{instructions} instructions need at least as many examples, got {examples}")
@@ -41,13 +42,13 @@ def rule_counts(
     exact = shares * examples
     counts = np.floor(exact).astype(np.int64)
     missing = examples - int(counts.sum())
-    # Remainders are compared after rounding, so that the last bit of `exp` cannot move a count.
+    # Remainders are compared after rounding, so that the last bit of `exp` cannot change a count.
     order = np.argsort(-np.round(exact - counts, 6), kind="stable")
     counts[order[:missing]] += 1
     return counts.astype(np.int32)
 
 
 def effective_number(counts: np.ndarray) -> float:
-    """How many equally frequent rules are as diverse as these counts: the exponential of the entropy of the shares."""
+    """How many equally frequent instructions are as diverse as these counts: exp of the entropy of the shares."""
     shares = counts[counts > 0] / counts.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -1,17 +1,17 @@
-"""Encrypted rewriting (P1, arXiv 2402.10891, section 5): a rule is given through a cipher whose key is in the prompt.
+"""Encrypted rewriting (P1, arXiv 2402.10891, section 5): each rule is encrypted, and its key is in the prompt.
 
 An example is a prompt and its answer, as text:
 
     Key: d                          the cipher: a becomes d, b becomes e, ...
-    Rule: fvv -> duw                that is, iss -> art, had it been plain
+    Rule: fvv -> duw                decrypted: iss -> art
     Input: mississippi
     Answer: martissippi
 
-Input and answer are plain: the model has to decipher the rule, then follow it. What the paper does not say, and we
-chose: the prompt and the ciphers; keys are drawn for every example from a fixed list, the same in training and tests;
-a rule counts as unseen if neither its plain pattern nor its plain replacement was trained on; which half is dropped.
+Input and answer are plain: the model has to decrypt the rule, then follow it. Our choices, where the paper is silent:
+the prompt and the ciphers; keys are drawn per example from a fixed list, the same in training and tests; a rule counts
+as unseen if neither its plain pattern nor its plain replacement was trained on; which half is dropped.
 
-Rules, inputs, the share of no-ops and the held-out split are those of the from-scratch half (``tasks/strings``).
+Rules, inputs, the share of no-ops and the held-out split are those of from-scratch rewriting (``tasks/strings``).
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ from instrdiv.tasks.strings.markov import rewrite
 from instrdiv.tasks.strings.rewriting import Rewriting
 from instrdiv.tasks.strings.rules import Rules, RuleTable
 
-#: ``shift``: every letter moves on by as many places as the key says (Caesar); ``substitution``: all are shuffled.
+#: ``shift``: the key shifts every letter by the same number of positions (Caesar); ``substitution``: a permutation.
 CIPHERS = ("shift", "substitution")
-#: What is left of the training set: all of it; half of every rule's examples; half of all examples, some rules keeping
-#: all of theirs, others losing nearly all, or all.
+#: What is kept of the training set: all of it; half of each rule's examples; half of all examples, where some rules
+#: keep all of theirs and others lose nearly all, or all.
 KEPT = ("all", "half_even", "half_uneven")
-#: Splits: trained rules, held-out rules for tuning, held-out rules for the end. Inputs and keys are fresh in all.
+#: Splits: trained rules, held-out rules for tuning, held-out rules for final tests. Inputs and keys are fresh in all.
 ENCRYPTED_SPLITS = ("seen", "unseen_dev", "unseen")
-#: Words of the prompt that a tokenizer of single letters has as tokens of their own.
+#: Words of the prompt that are single tokens in a tokenizer of single letters.
 PROMPT_WORDS = ("Key:", "\nRule:", " ->", "\nInput:", "\nAnswer:")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncryptedSetting:
-    """What one member is trained on. The fields are flags, ``--config.<field>``; BadInput for one that cannot be."""
+    """What one member is trained on. The fields are flags, ``--config.<field>``."""
 
-    instructions: int = field(1000, "number of different rules I that are trained", bound=at_least(1))
-    kept: str = field("all", "what is left of the training set", KEPT)
-    examples: int = field(40_000, "size of the training set, before a part of it is dropped", bound=size)
+    instructions: int = field(1000, "number of different training rules I", bound=at_least(1))
+    kept: str = field("all", "what is kept of the training set", KEPT)
+    examples: int = field(40_000, "size of the training set, before any of it is dropped", bound=size)
     uneven_shape: float = field(0.1, "half_uneven: power-law shape of the shares that the rules keep", bound=positive)
     no_op_fraction: float = field(0.4, "probability that an example's input lacks the pattern")
-    cipher: str = field("shift", "how a rule is encrypted", CIPHERS)
+    cipher: str = field("shift", "how rules are encrypted", CIPHERS)
     keys: int = field(25, "number of different keys")
     alphabet_size: int = field(26, "number of letters")
     pattern_length: int = field(3, "length of patterns and replacements")
     input_length: int = field(12, "length of inputs")
-    separator: str = field("space", "what is between letters: a space makes each a token", ("space", "none"))
-    held_out_share: float = field(0.2, "share of all strings that is kept for held-out rules")
-    split_seed: int = field(0, "which strings those are, and which held-out rules are tested")
+    separator: str = field("space", "separator between letters: a space makes each letter a token", ("space", "none"))
+    held_out_share: float = field(0.2, "share of all strings that is reserved for held-out rules")
+    split_seed: int = field(0, "seed that selects those strings and which held-out rules are tested")
 
     @property
     def plain(self) -> Rewriting:
-        """The rewriting itself, as the from-scratch half has it."""
+        """The same task without encryption, as trained from scratch."""
         names = ("no_op_fraction", "alphabet_size", "pattern_length", "input_length", "held_out_share", "split_seed")
         return Rewriting(**{name: getattr(self, name) for name in names})
 
@@ -82,14 +82,14 @@ class EncryptedSetting:
                            f"--config.examples={self.examples}")  # fmt: skip
         most = self.alphabet_size - 1 if self.cipher == "shift" else math.factorial(self.alphabet_size) - 1
         if not 1 <= self.keys <= most:
-            raise BadInput(f"--config.keys={self.keys}: must be from 1 to {most}, or the cipher has no such keys")
+            raise BadInput(f"--config.keys={self.keys}: must be from 1 to {most}, the number of keys of the cipher")
         if self.kept != "all" and 2 * self.instructions > self.examples:
-            raise BadInput(f"--config.kept={self.kept}: needs two examples a rule, "
+            raise BadInput(f"--config.kept={self.kept}: needs two examples per rule, "
                            f"{2 * self.instructions} in all; raise --config.examples={self.examples}")  # fmt: skip
 
     @functools.cached_property
     def cipher_alphabets(self) -> np.ndarray:
-        """What every letter becomes, uint8 [keys, alphabet_size]; all different, none the plain alphabet."""
+        """What each letter becomes, uint8 [keys, alphabet_size]; all keys differ, and none is the plain alphabet."""
         letters = np.arange(self.alphabet_size)
         if self.cipher == "shift":
             return ((letters + 1 + np.arange(self.keys)[:, None]) % self.alphabet_size).astype(np.uint8)
@@ -100,11 +100,11 @@ class EncryptedSetting:
             if len(found) > self.keys:
                 break
         else:
-            raise BadInput(f"--config.keys={self.keys}: so many did not turn up; lower it")
+            raise BadInput(f"--config.keys={self.keys}: too few different keys were found; lower it")
         return np.frombuffer(b"".join(list(found)[1:]), np.uint8).reshape(self.keys, -1)
 
     def rule_counts(self) -> np.ndarray:
-        """How many examples every rule has, int32 [I], once a part was dropped."""
+        """How many examples each rule has after dropping, int32 [I]."""
         counts = rule_counts(self.instructions, self.examples)
         if self.kept == "all":
             return counts
@@ -119,11 +119,11 @@ class EncryptedSetting:
 
 
 def _capped_counts(instructions: int, most: np.ndarray, total: int, shape: float) -> np.ndarray:
-    """Counts of a power law (``rule_counts``) that no rule's examples are exceeded by, int32 [I], summing to ``total``.
+    """Power-law counts (``rule_counts``) capped at the ``most`` examples of each rule: int32 [I], summing to ``total``.
 
-    What would exceed them goes to the other rules, by the same law.
+    The excess goes to the other rules, by the same law.
     """
-    # The law's weights do not depend on the total: a large one shows them with all their digits.
+    # The law's weights do not depend on the total: a large one gives them at full precision.
     weights = rule_counts(instructions, 2**31 - 1, shape).astype(np.float64) + 1e-3
     low, high = 0.0, float(most.max() / weights.min())
     for _ in range(200):
@@ -139,7 +139,7 @@ def _capped_counts(instructions: int, most: np.ndarray, total: int, shape: float
 def training_rows(setting: EncryptedSetting, seed: int) -> list[TextRow]:
     """The training set of one member, as text; the same on every machine.
 
-    With the same seed, fewer rules are the first ones of more, and what ``kept`` drops are examples of the whole set.
+    With the same seed, fewer rules are a prefix of more rules, and ``kept`` selects from the examples of the whole set.
     """
     rules = take(setting.plain.source, setting.instructions, seed)
     first = np.concatenate([[0], np.cumsum(rule_counts(setting.instructions, setting.examples))[:-1]])
@@ -150,9 +150,9 @@ def training_rows(setting: EncryptedSetting, seed: int) -> list[TextRow]:
 
 
 def rows_of_split(setting: EncryptedSetting, split: str, tests: int, dev_tests: int, seed: int) -> list[TextRow]:
-    """Tests of a split: ``tests`` of them (``dev_tests`` of unseen_dev), a rule each where there are enough.
+    """Tests of a split: ``tests`` of them (``dev_tests`` for unseen_dev), one per rule if there are enough rules.
 
-    The unseen splits are the same for all members of a task; ``seen`` goes through the rules that ``seed`` trained.
+    The unseen splits are the same for all members of a task; ``seen`` cycles through the rules trained with ``seed``.
     """
     source = setting.plain.source
     if split == "seen":
@@ -166,21 +166,21 @@ def rows_of_split(setting: EncryptedSetting, split: str, tests: int, dev_tests: 
 
 
 def plain_rows(setting: EncryptedSetting, seed: int, count: int) -> list[TextRow]:
-    """Training examples of plain rewriting, every rule with as many: what a small base is trained on first."""
+    """Training examples of plain rewriting, evenly over the rules, to pretrain a small base model on."""
     rules = take(setting.plain.source, setting.instructions, seed)
     of_rule = np.arange(count) % setting.instructions
     return _rows(setting, rules[of_rule], seed, np.arange(count), "plain", encrypted=False)
 
 
 def plain_test_rows(setting: EncryptedSetting, tests: int, dev_tests: int) -> list[TextRow]:
-    """The ``unseen`` tests, but with plain rules."""
+    """The ``unseen`` tests, with plain rules."""
     rules = take(setting.plain.source, dev_tests + tests, None)[dev_tests:]
     stream = 2**30 + len(ENCRYPTED_SPLITS) * setting.split_seed + ENCRYPTED_SPLITS.index("unseen")
     return _rows(setting, rules, stream, np.arange(tests), "plain", encrypted=False)
 
 
 def is_no_op(row: TextRow) -> bool:
-    """The pattern does not occur in the input: the answer is the input."""
+    """Whether the pattern does not occur in the input, so that the answer is the input."""
     return row.instruction.split("Input:")[1].removesuffix("\nAnswer:").strip() == row.response.strip()
 
 
@@ -213,7 +213,7 @@ def _rows(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(shape: Any, knobs: Any, rules: Rules, seed: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A random word and an input int32 [input] for every rule."""
+    """A random word and an input int32 [input] for each rule."""
 
     def one(rule, i):
         key = jax.random.fold_in(stream_key(ENCRYPTED_STREAM, seed), i)

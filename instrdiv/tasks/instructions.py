@@ -1,4 +1,4 @@
-"""Instructions on the host: tables of them, and the sources that they come from, trained ones and held-out ones."""
+"""Instructions on the host: tables of instructions, and the sources that trained and held-out ones come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instrdiv.runtime.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """N instructions on the host; a subclass has a field for each of their arrays, numpy [N, ...]."""
+    """N instructions on the host; a subclass has one field per array, numpy [N, ...]."""
 
     def _arrays(self) -> list[np.ndarray]:
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
@@ -27,20 +27,20 @@ class Instructions:
         return type(self)(*(array[rows] for array in self._arrays()))
 
     def joined(self, others: Sequence[Any]) -> Any:
-        """These and others, end to end."""
+        """These and others, concatenated."""
         columns = zip(self._arrays(), *(other._arrays() for other in others), strict=True)
         return type(self)(*(np.concatenate(column) for column in columns))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the arrays, to check that instructions made again are those that were trained on."""
+        """SHA-256 of the arrays, to check that regenerated instructions are those that were trained on."""
         sha = hashlib.sha256()
         for array in self._arrays():
             sha.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
     def keys(self) -> np.ndarray:
-        """Each instruction as one opaque value [N], equal for equal ones, for numpy's set operations."""
+        """Each instruction as one opaque value [N], equal for equal instructions, for numpy's set operations."""
         flat = [
             np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).reshape(
                 len(array), array[:1].nbytes // max(1, len(array[:1]))
@@ -50,7 +50,7 @@ class Instructions:
         return as_opaque(np.concatenate(flat, axis=1))
 
     def arrays(self) -> Any:
-        """What ``Task.make_input`` and ``spell`` get of it: a tree of arrays [N, ...], ready to be put on devices."""
+        """What ``Task.make_input`` and ``spell`` get: a tree of arrays [N, ...], ready to be put on devices."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
@@ -61,10 +61,10 @@ def as_opaque(rows: np.ndarray) -> np.ndarray:
 
 
 class TooFew(ValueError):
-    """A source holds fewer distinct instructions than were asked for. The message says how many of which.
+    """A source has fewer distinct instructions than requested. The message says how many of which kind.
 
     Attributes:
-      found: how many there are of what was asked for; of tests, besides those to tune on.
+      found: how many were found; for tests, not counting those to tune on.
     """
 
     def __init__(self, message: str, found: int = 0):
@@ -73,10 +73,10 @@ class TooFew(ValueError):
 
 
 class Source(Protocol):
-    """Where instructions come from: one nested pool per seed, and held-out ones apart from all pools by construction.
+    """Where instructions come from: one nested pool per seed, and held-out ones that by construction are in no pool.
 
-    Hashable: members with equal sources and seeds share a pool. ``flag`` and ``remedy`` are for the message where there
-    are too few: the flag that decides it, and what would help.
+    Hashable: members with equal sources and seeds share a pool. ``flag`` and ``remedy`` are for the message if there
+    are too few: the flag responsible, and what would help.
     """
 
     @property
@@ -85,7 +85,7 @@ class Source(Protocol):
     def remedy(self) -> str: ...
 
     def pool(self, seed: int, size: int) -> Any:
-        """The first ``size`` training instructions of a seed's stream, distinct. Raises TooFew."""
+        """The first ``size`` training instructions of the seed's stream, distinct. Raises TooFew."""
 
     def held_out(self, size: int) -> Any:
         """The first ``size`` held-out instructions, the same for all seeds. Raises TooFew."""
@@ -94,20 +94,20 @@ class Source(Protocol):
         """Held-out instructions to tune on, and others to test on; one per test. Raises TooFew."""
 
     def capacity(self, held_out: bool) -> int | None:
-        """How many distinct instructions one side holds; None where that is not known."""
+        """How many distinct instructions one side has; None if unknown."""
 
     def none(self) -> Any:
-        """No instructions."""
+        """An empty table of instructions."""
 
 
 def take(source: Source, size: int, seed: int | None) -> Any:
-    """Training instructions of a seed, or held-out ones (``seed`` None). Raises BadInput where there are too few."""
+    """Training instructions of ``seed``, or held-out ones if it is None. Raises BadInput if there are too few."""
     with _too_few_in_words(source, "raise --config.held_out_share" if seed is None else "lower --config.instructions"):
         return source.held_out(size) if seed is None else source.pool(seed, size)
 
 
 def take_tests(source: Source, dev_tests: int, tests: int) -> tuple[Any, Any]:
-    """Held-out instructions to tune on, and others to test on. Raises BadInput where there are too few."""
+    """Held-out instructions to tune on, and others to test on. Raises BadInput if there are too few."""
     with _too_few_in_words(source, "raise --config.held_out_share"):
         return source.tests(dev_tests, tests)
 
@@ -122,16 +122,16 @@ def _too_few_in_words(source: Source, remedy: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnSource:
-    """Instructions that ``Task.draw`` makes of random words, each put on one side by a hash of what it is.
+    """Instructions that ``Task.draw`` makes from random words, each assigned to one side by a hash of its content.
 
     Attributes:
-      task: with the fields that decide its instructions; the others at their defaults.
+      task: with the fields that determine its instructions; the others have their defaults.
     """
 
     task: Any
 
     BLOCK: ClassVar[int] = 1 << 10  # drawn at a time; part of the definition of a pool
-    GIVE_UP_AFTER: ClassVar[int] = 200  # blocks in a row that bring nothing new
+    GIVE_UP_AFTER: ClassVar[int] = 200  # consecutive blocks without a new instruction
 
     @property
     def flag(self) -> str:
@@ -139,7 +139,7 @@ class DrawnSource:
 
     @property
     def remedy(self) -> str:
-        return f"or choose other fields, of which {self.task.name} has more instructions"
+        return f"or choose a setting for which {self.task.name} has more instructions"
 
     def pool(self, seed: int, size: int) -> Any:
         return self._take(size, seed, held_out=False)
@@ -161,7 +161,7 @@ class DrawnSource:
         return self.task.draw(np.zeros((1, self.task.words_drawn), np.uint64))[:0]
 
     def _is_held_out(self, instructions: Any) -> np.ndarray:
-        """bool [N]: by a hash of its bytes and the split's seed, for ever."""
+        """bool [N]: decided by a hash of the instruction's bytes and the split's seed, so it never changes."""
         salt = self.task.split_seed.to_bytes(8, "little")
         keys = instructions.keys()
         hashed = [hashlib.blake2b(key.tobytes(), digest_size=8, key=salt).digest() for key in keys]
@@ -180,6 +180,6 @@ class DrawnSource:
             found = both[np.sort(first)]
         if len(found) < size:
             side = "held-out" if held_out else "training"
-            message = f"{size} {side} instructions were asked for, but only {len(found)} distinct ones turned up"
+            message = f"{size} {side} instructions were requested, but only {len(found)} distinct ones were found"
             raise TooFew(message, len(found))
         return found[:size]

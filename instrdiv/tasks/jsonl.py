@@ -1,8 +1,8 @@
-"""A task read from a file: JSON lines with ``instruction``, ``input`` and ``answer``; data that only a host can make.
+"""A task read from a JSON Lines file with ``instruction``, ``input`` and ``answer``; for data that needs the host.
 
-Whole instructions are held out, ranked by a hash of their text: none of their rows is ever trained on. Of a trained
-instruction, a share of the rows is kept back, so that ``seen`` has fresh inputs; one with a single input has none to
-spare, and is tested on that. Nothing is dropped: rows are as long as the longest, one token per character.
+Whole instructions are held out, ranked by a hash of their text: none of their rows is ever trained on. For each trained
+instruction, a share of the rows is held back so that ``seen`` has fresh inputs; an instruction with a single input is
+both trained and tested on it. Nothing is dropped: all rows are padded to the longest, with one token per character.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class RowTable(Instructions):
       text, text_length: [N, P] tokens counted from 0, and int32 [N].
       inputs, input_lengths: [N, E, L] and int32 [N, E].
       answers, answer_lengths: [N, E, A] and int32 [N, E].
-      trained: int32 [N], how many of the rows, the first ones, may be trained on.
-      rows: int32 [N], how many there are.
-      corpus: uint8 [N, 8], digest of the whole file, so that a run resumes only with the rows it began with.
+      trained: int32 [N], how many rows, counted from the first, may be trained on.
+      rows: int32 [N], number of rows.
+      corpus: uint8 [N, 8], digest of the whole file, so that a run resumes only with the rows it started with.
     """
 
     text: np.ndarray
@@ -55,18 +55,18 @@ class RowTable(Instructions):
         return {name: array for name, array in super().arrays().items() if name != "corpus"}
 
     def keys(self) -> np.ndarray:
-        """By their texts alone."""
+        """Keys made from the instruction texts alone."""
         return as_opaque(np.concatenate([self.text.view(np.uint8), self.text_length[:, None].view(np.uint8)], axis=1))
 
 
 class Corpus(NamedTuple):
-    """A file that was read.
+    """The contents of a file.
 
     Attributes:
-      rows: instruction -> (input, answer) of its rows, in the file's order.
-      characters: one per token, see ``Task.characters``.
-      longest: characters of the longest instruction, input and answer.
-      ragged: prompts differ in length.
+      rows: instruction -> (input, answer) of its rows, in file order.
+      characters: one per token; see ``Task.characters``.
+      longest: number of characters in the longest instruction, input and answer.
+      ragged: whether prompts differ in length.
       digest: of all rows.
     """
 
@@ -78,13 +78,13 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(path: str) -> Corpus:
-    """The corpus in a file; read again where the file has changed. Raises BadInput, naming the line."""
+    """The corpus in a file, read again if the file has changed. Raises BadInput, naming the line."""
     if not path:
-        raise BadInput("--config.data: must be given: a file of JSON lines with instruction, input and answer")
+        raise BadInput("--config.data: must name a JSON Lines file with instruction, input and answer")
     try:
         stat = Path(path).stat()
     except OSError as error:
-        raise BadInput(f"--config.data={path}: cannot be read ({error.strerror}); name a file of JSON lines") from None
+        raise BadInput(f"--config.data={path}: cannot be read ({error.strerror}); give a JSON Lines file") from None
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
 
@@ -92,7 +92,7 @@ def read_corpus(path: str) -> Corpus:
 def _read(path: str, changed: int, size: int) -> Corpus:
     rows: dict[str, dict[tuple[str, str], None]] = {}
     try:
-        # Not by splitlines: a text may have a line separator of Unicode's in it.
+        # Not splitlines: a text may contain a Unicode line separator.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--config.data={path}: cannot be read as text ({error})") from None
@@ -102,20 +102,20 @@ def _read(path: str, changed: int, size: int) -> Corpus:
         try:
             row = json.loads(line)
             instruction, text, answer = (row[name] for name in FIELDS)
-            f"{instruction}{text}{answer}".encode()  # half of a surrogate pair is no text
+            f"{instruction}{text}{answer}".encode()  # fails for an unpaired surrogate
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"--config.data={path}: line {number} is not an object with {', '.join(FIELDS)} "
                            f"({type(error).__name__}: {error})") from None  # fmt: skip
         if not all(isinstance(part, str) for part in (instruction, text, answer)) or not instruction:
             raise BadInput(
-                f"--config.data={path}: line {number}: {', '.join(FIELDS)} must be texts, the first not empty"
+                f"--config.data={path}: line {number}: {', '.join(FIELDS)} must be strings, the first not empty"
             )
         rows.setdefault(instruction, {}).setdefault((text, answer))
     if len(rows) < 3:
-        raise BadInput(f"--config.data={path}: has {len(rows)} instructions; at least three are needed, two to test on")
+        raise BadInput(f"--config.data={path}: has {len(rows)} instructions; at least three are needed, two for tests")
     everything = [(i, x, a) for i, of_instruction in rows.items() for x, a in of_instruction]
     letters = sorted(set().union(*(set(part) for row in everything for part in row)))
-    # Shown instead of a special character that the texts have themselves: one for private use.
+    # A special character that also occurs in the texts is shown as a private-use character.
     private = (c for c in map(chr, range(0xE000, 0xF900)) if c not in letters)
     special = "".join(c if c not in letters else next(private) for c in SPECIAL)
     longest = tuple(max(map(len, column)) for column in zip(*everything, strict=True))
@@ -125,16 +125,16 @@ def _read(path: str, changed: int, size: int) -> Corpus:
 
 
 def _order(texts: Sequence[str], seed: int, what: str) -> list[int]:
-    """Places of the texts in an order that their hashes and the seed decide."""
+    """Indices of the texts, in an order determined by their hashes and the seed."""
     keyed = [hashlib.blake2b(f"{what} {seed} {text}".encode(), digest_size=8).digest() for text in texts]
     return sorted(range(len(texts)), key=lambda place: keyed[place])
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonSource:
-    """The instructions of a file, those of a seed in an order of its own; see ``task.Source``.
+    """The instructions of a file, in a different order per seed; see ``instructions.Source``.
 
-    ``digest`` is the file's: a source that was read before it changed is another one.
+    ``digest`` is that of the file, so a source from before the file changed is a different one.
     """
 
     data: str
@@ -149,10 +149,10 @@ class JsonSource:
 
     @property
     def remedy(self) -> str:
-        return "lower --tests and --dev_tests, or bring more data"
+        return "lower --tests and --dev_tests, or provide more data"
 
     def _side(self, held_out: bool) -> list[str]:
-        """The texts of one side, ranked by their hashes: at least two are held out, and one is not."""
+        """The texts of one side, ranked by their hashes: at least two are held out, and at least one is not."""
         texts = list(read_corpus(self.data).rows)
         order = _order(texts, self.split_seed, "split")
         count = min(max(2, round(self.held_out_share * len(texts))), len(texts) - 1)
@@ -167,36 +167,36 @@ class JsonSource:
     def pool(self, seed: int, size: int) -> RowTable:
         texts = self._side(held_out=False)
         if size > len(texts):
-            raise TooFew(f"{size} training instructions were asked for, but the file has only {len(texts)}")
+            raise TooFew(f"{size} training instructions were requested, but the file has only {len(texts)}")
         rows = read_corpus(self.data).rows
         chosen = [texts[place] for place in _order(texts, seed, "pool")[:size]]
-        most = max(map(len, rows.values()))  # of all, so that the pools of all seeds have one shape
+        most = max(map(len, rows.values()))  # over all of them, so that the pools of all seeds have one shape
         return self._table([(text, *self._split(rows[text])) for text in chosen], most)
 
     def held_out(self, size: int) -> RowTable:
         return self.tests(0, size)[1]
 
     def tests(self, dev_tests: int, tests: int) -> tuple[RowTable, RowTable]:
-        """Rows of a third of the held-out instructions, for tuning, and of the others: each row an entry of its own.
+        """Rows of a third of the held-out instructions, to tune on, and of the others, to test on; one entry per row.
 
-        Which instructions those are is the same however many tests are asked for: none to tune on is ever tested.
+        Which instructions those are does not depend on the number of tests: none to tune on is ever tested.
         """
         texts = self._side(held_out=True)
         first = max(1, len(texts) // 3) if dev_tests else 0
         return self._rows_of(texts[:first], dev_tests), self._rows_of(texts[first:], tests)
 
     def _rows_of(self, texts: Sequence[str], count: int) -> RowTable:
-        """So many rows of these instructions, taken in turn."""
+        """``count`` rows of these instructions, taken in turn."""
         rows = read_corpus(self.data).rows
         most = max((len(rows[text]) for text in texts), default=0)
         turns = [(text, rows[text][turn]) for turn in range(most) for text in texts if turn < len(rows[text])]
         if len(turns) < count:
-            raise TooFew(f"{count} held-out rows were asked for, but {len(texts)} of the held-out instructions, which "
-                         f"is all for this split, have only {len(turns)}", len(turns))  # fmt: skip
+            raise TooFew(f"{count} held-out rows were requested, but this split has only {len(turns)} "
+                         f"(held-out instructions: {len(texts)})", len(turns))  # fmt: skip
         return self._table([(text, [row], 0) for text, row in turns[:count]])
 
     def _split(self, rows: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
-        """The rows of an instruction, those to train on first, and how many these are; no input is on both sides."""
+        """The rows of an instruction, training rows first, and the number of those; no input is on both sides."""
         inputs = list(dict.fromkeys(text for text, _ in rows))
         if len(inputs) < 2:
             return list(rows), len(rows)
@@ -234,22 +234,22 @@ class JsonSource:
 
 
 def _of_the_prompt(setting: Any) -> list[Condition]:
-    """Held-out instructions as they are, and blanked. (What another one would make of an input, no file says.)"""
+    """Held-out instructions unchanged, and blanked; not shuffled, since a file lacks the answers for other pairs."""
     return [condition for condition in of_the_prompt(setting) if condition.prompt != "shuffled"]
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class JsonLines(Task):
-    """Instructions, inputs and answers of a file."""
+    """Instructions, inputs and answers from a file."""
 
     name: ClassVar[str] = "jsonl"
     finite: ClassVar[bool] = True
     suites: ClassVar[Mapping[str, Any]] = {"held_out": _of_the_prompt}
 
-    data: str = field("", "a file of JSON lines with instruction, input and answer", kind=STATIC)
+    data: str = field("", "a JSON Lines file with instruction, input and answer", kind=STATIC)
     test_rows: float = field(
-        0.2, "share of a trained instruction's rows that are kept for the split seen", kind=TABLE,
+        0.2, "share of a trained instruction's rows held back for the split seen", kind=TABLE,
         bound=lambda share: None if 0 < share < 1 else "must be between 0 and 1",
     )  # fmt: skip
 
@@ -278,10 +278,10 @@ class JsonLines(Task):
 
     @staticmethod
     def make_input(shape: Sizes, knobs: Any, instruction: Any, key: jax.Array) -> Any:
-        """A row of the instruction: for places from 0 on those to train on, in turn; below 0 one of the others."""
+        """A row of the instruction: for indices from 0 up, the training rows in turn; below 0, one of the others."""
         trained, rows = instruction["trained"], instruction["rows"]
-        tests = jax.numpy.maximum(rows - trained, 1)  # a single row is trained on, and has to serve as a test, too
-        # Hashed: if the tests took turns as the instructions do, 16 of these would have one of their 2 rows each.
+        tests = jax.numpy.maximum(rows - trained, 1)  # a single row is both trained on and tested
+        # Hashed: tests cycle through the instructions, so taking rows in turn would use one of 2 rows for each of 16.
         mixed = (jax.numpy.uint32(-1 - key) * jax.numpy.uint32(0x9E3779B1)) >> 16
         test = rows - 1 - (mixed % jax.numpy.uint32(tests)).astype(jax.numpy.int32)
         place = jax.numpy.where(key >= 0, key % jax.numpy.maximum(trained, 1), test)
@@ -299,7 +299,7 @@ class JsonLines(Task):
 
     @staticmethod
     def testable(trained: RowTable, instructions: RowTable) -> RowTable:
-        """Those whose text was never trained on; each row of one is a test of its own."""
+        """The instructions whose text was never trained on; each row is a separate test."""
         return instructions[~np.isin(instructions.keys(), trained.keys())]
 
     def check_task(self) -> None:

@@ -1,4 +1,4 @@
-"""Tasks by name: those of this package, imported when config.json names them, and those that a user's file defines."""
+"""Tasks by name: the built-in ones, imported when config.json names them, and those that a user's file defines."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from instrdiv.tasks.task import BUILT_IN, TASKS, Task
 
 
 def find_task(name: str) -> type[Task] | None:
-    """The task of this name; None where nobody has defined it."""
+    """The task with this name; None if it is not defined."""
     if name not in TASKS and name in BUILT_IN:
         importlib.import_module(BUILT_IN[name])
     return TASKS.get(name)
 
 
 def load_file(path: str) -> ModuleType:
-    """Imports a Python file, so that the tasks that it defines are known. Raises BadInput where that cannot be.
+    """Imports a Python file so that the tasks it defines are registered. Raises BadInput if that fails.
 
-    A file that was imported before, under whatever name, is not imported again.
+    A file that was imported before, under any name, is not imported again.
     """
     file = Path(path)
     if not file.is_file():
-        raise BadInput(f"--task={path}: there is no such file; name the Python file that defines the task")
-    name = str(file.resolve())  # of a module: a name of its own, so that a task in json.py is not taken for json
+        raise BadInput(f"--task={path}: there is no such file; give the Python file that defines the task")
+    name = str(file.resolve())  # unique, so that a task in json.py is not mistaken for the module json
     for known in list(sys.modules.values()):
         if getattr(known, "__file__", None) == name and known.__name__ != "__main__":
             return known

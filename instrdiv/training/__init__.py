@@ -1,1 +1,1 @@
-"""Optimizers, the order of the examples, and what trains: populations of models, and of adapters."""
+"""Training: optimizers, example order, and trainers for populations of models and of adapters."""

@@ -1,4 +1,4 @@
-"""A population of adapters on a mesh: the job, the trainer that advances it, and trained adapters in use."""
+"""A population of adapters on a mesh: the training job, its trainer, and placing trained adapters."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ from instrdiv.training.recipe import AdapterMember, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A population that is to be trained.
+    """A population to train.
 
     Attributes:
-      model: the frozen base; its weights lie on ``mesh`` (see ``weights.py``), or on one device.
-      members: what is trained, in the order of the rows of its arrays.
-      data: packed rows of each member; several may share one.
-      recipe, mesh: how, and where (``make_mesh``).
+      model: the frozen base; its weights are on ``mesh`` (see ``weights.py``), or on one device.
+      members: the members to train, in the order of the population axis of the arrays.
+      data: packed rows of each member; members may share the same object.
+      recipe: how they are trained.
+      mesh: where (``make_mesh``).
     """
 
     model: Model
@@ -52,17 +53,17 @@ class Job:
     mesh: Mesh
 
     def check(self) -> None:
-        """Raises BadInput unless all of it fits together; see ``check``."""
+        """Raises BadInput if the parts do not fit together; see ``check``."""
         check(self.model.config, self.members, self.data, self.recipe, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class Population:
-    """Trained adapters where they are used: on a mesh, with idle copies of the first member that fill it up.
+    """Trained adapters on a mesh, ready for use, with idle copies of the first member to fill the mesh.
 
     Attributes:
-      members: how many there are, without the idle ones.
-      adapters: of all, the idle ones last.
+      members: number of members, without the idle ones.
+      adapters: of all members, with the idle ones last.
     """
 
     members: int
@@ -70,7 +71,7 @@ class Population:
 
 
 def place_population(adapters: Adapters, mesh: Mesh) -> Population:
-    """The adapters of M members, numpy (``FineTuned.population``), on the mesh."""
+    """Places the adapters of M members, numpy (``FineTuned.population``), on the mesh."""
     members = len(adapters.scale)
     idle = padded_size(members, mesh, 1) - members
 
@@ -84,19 +85,20 @@ class AdapterTrainer:
     """The adapters of a population and their optimizers on a mesh, advanced chunk by chunk.
 
     Args:
-      job: what is trained, how, and where.
+      job: what to train, how, and where.
       restored: the step and the named arrays of a checkpoint to resume from.
 
     Attributes:
-      step: steps done.
-      size: members including idle ones, copies of the first that fill the mesh; they come last, and are dropped.
-      source_names: of all members' data, in the order of ``ChunkMetrics``.
+      step: number of steps done.
+      size: number of members including idle ones: copies of the first that fill the mesh. They come last, and their
+        results are dropped.
+      source_names: names of the sources of all members' data, in the order of ``ChunkMetrics``.
       model, data, state: on device.
-      program: the jitted chunk; ``program.lower(*trainer.chunk_arguments())`` is for those who want to look at it.
+      program: the jitted chunk; inspect it with ``program.lower(*trainer.chunk_arguments())``.
 
     Raises:
-      BadInput: members, data and layout do not fit one another; before anything is compiled.
-      ValueError: what was restored is not this population's.
+      BadInput: members, data and layout do not fit together; raised before anything is compiled.
+      ValueError: the restored arrays do not match this population.
     """
 
     def __init__(self, job: Job, restored: tuple[int, dict[str, np.ndarray]] | None = None):
@@ -112,7 +114,7 @@ class AdapterTrainer:
             for member, rows in zip(everyone, self._rows, strict=True)
         ]
         self.source_names = tuple(dict.fromkeys(name for rows in data for name in rows.source_names))
-        # Index among the sources of the run of every source of a member; the last is that of padding.
+        # Maps the source indices of a member to those of the run; the last entry is for padding.
         self._sources = [
             np.array([*map(self.source_names.index, rows.source_names), -1], np.int8) for rows in self._rows
         ]
@@ -136,11 +138,11 @@ class AdapterTrainer:
             one = jax.eval_shape(initial, seeds)
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
             state = stacked_state(arrays, one, len(members), self.size)
-            # Not aliased: the buffers are donated to the first chunk.
+            # Not aliased, because the buffers are donated to the first chunk.
             self.state = jax.device_put(state, self._by_member, may_alias=False)
 
     def _placed(self, leaf: Any) -> jax.Array:
-        """A weight where it lies, if that is on the mesh; else a copy on every device of it."""
+        """The weight as is if it is already on the mesh; else a copy on every device of the mesh."""
         on_mesh = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(self.mesh.devices.flat)
         return leaf if on_mesh else jax.device_put(leaf, NamedSharding(self.mesh, P()))
 
@@ -161,7 +163,7 @@ class AdapterTrainer:
         return jax.jit(train_adapters, donate_argnums=2, out_shardings=self._by_member)
 
     def batches(self, first_step: int, steps: int) -> Batch:
-        """The rows of consecutive steps (numpy). They depend on the steps and each member's seed alone."""
+        """The rows of consecutive steps (numpy). Which ones depends only on the steps and each member's seed."""
         recipe, parts = self.recipe, []
         for rows, order, sources in zip(self._rows, self._orders, self._sources, strict=True):
             chosen = order.batches(first_step, steps).reshape(steps, recipe.parts, -1)
@@ -171,11 +173,11 @@ class AdapterTrainer:
 
     @property
     def next_steps(self) -> int:
-        """Steps of the next chunk; the last one may be shorter, and is then compiled anew."""
+        """Number of steps in the next chunk; the last chunk may be shorter, and is then compiled separately."""
         return min(self.recipe.chunk_steps, self.recipe.steps - self.step)
 
     def chunk_arguments(self) -> tuple[Any, ...]:
-        """What the next call of ``program`` takes."""
+        """The arguments for the next call of ``program``."""
         batches = put(self.batches(self.step, self.next_steps), self.mesh, P(None, None, ("member", "data")))
         return self.model, self.data, self.state, jnp.int32(self.step), batches
 
@@ -187,37 +189,38 @@ class AdapterTrainer:
         return metrics
 
     def adapter(self, row: int) -> Adapter:
-        """A member's adapter, at its own rank, on the host."""
+        """One member's adapter at its own rank, on the host."""
         return jax.device_get(lora.adapter_of(self.state.adapters, row, self.members[row].lora))
 
 
 def check(
     config: ModelConfig, members: Sequence[AdapterMember], data: Sequence[Packed], recipe: Recipe, mesh: Mesh
 ) -> None:
-    """Raises BadInput unless members, data and layout fit one another and the base. Cheap, but reads the tokens."""
+    """Raises BadInput if members, data, layout and base do not fit together. Cheap, but reads all tokens."""
     recipe.validate()
     if not members or len(members) != len(data):
-        raise BadInput(f"{len(members)} members and {len(data)} data sets: give at least one, and one for each member")
+        raise BadInput(f"{len(members)} members and {len(data)} data sets: give at least one member, and one data set "
+                       "per member")  # fmt: skip
     for member in members:
         member.lora.validate(config)
         if not (math.isfinite(member.learning_rate) and member.learning_rate >= 0):
-            raise BadInput(f"--learning_rate={member.learning_rate}: must be a number of at least 0")
+            raise BadInput(f"--learning_rate={member.learning_rate}: must be a finite number, at least 0")
         if not 0 <= member.seed < 2**31:
-            raise BadInput(f"a seed is a whole number from 0 to 2^31 - 1, got {member.seed}")
+            raise BadInput(f"seeds must be whole numbers from 0 to 2^31 - 1, got {member.seed}")
     if len({member.id for member in members}) < len(members):
-        raise BadInput("two members are the same: they must differ in their adapter, rate, seed or setting")
+        raise BadInput("two members are identical: they must differ in adapter, learning rate, seed or setting")
     at_once = recipe.batch_size // recipe.parts
     if at_once % mesh.shape["data"]:
-        raise BadInput(f"--data_parallel={mesh.shape['data']}: must divide the {at_once} rows of a member that go "
-                       "through the model at once (--config.microbatch_size, or --config.batch_size)")  # fmt: skip
+        raise BadInput(f"--data_parallel={mesh.shape['data']}: must divide the {at_once} rows per member that go "
+                       "through the model at once (--config.microbatch_size, or else --config.batch_size)")  # fmt: skip
     lengths = {rows.tokens.shape[1] for rows in data}
     if len(lengths) > 1:
-        raise BadInput(f"rows are {' and '.join(map(str, sorted(lengths)))} tokens long: pack all members' data alike")
+        raise BadInput(f"rows are {' and '.join(map(str, sorted(lengths)))} tokens long: pack all data to one length")
     if len({name for rows in data for name in rows.source_names}) > 127:
-        raise BadInput("the data have more than 127 sources; give some of them one name")
+        raise BadInput("the data have more than 127 sources; give several of them the same name")
     for member, packed in {id(packed): (member, packed) for member, packed in zip(members, data, strict=True)}.values():
         if not packed.loss_mask.any():
             raise BadInput(f"the data of member {member.id} have no response to learn from")
         if packed.tokens.min() < 0 or packed.tokens.max() >= config.vocab_size:
-            raise BadInput(f"the data of member {member.id} have the token {packed.tokens.max()}, the model has "
-                           f"{config.vocab_size}; use the model's own tokenizer")  # fmt: skip
+            raise BadInput(f"the data of member {member.id} have token {packed.tokens.max()}, but the model's "
+                           f"vocabulary has {config.vocab_size}; use the model's own tokenizer")  # fmt: skip

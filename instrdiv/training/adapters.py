@@ -1,12 +1,12 @@
-"""Training a population of adapters over one frozen base: its state and its step.
+"""Training a population of adapters over one frozen base: the state and the training step.
 
-All members go through the model together: their rows lie one after another in one batch, the base's products run over
-all of it, and only the thin products of LoRA are a member's own. Gradients are taken of the adapters alone; the base's
+All members go through the model together: their rows are concatenated into one batch, the base matmuls run over all of
+it, and only the thin LoRA matmuls are per member. Gradients are taken only with respect to the adapters; the base's
 weights are an argument of the program, held once, however many members there are.
 
-The loss of a member is the mean over the response tokens of its batch, each predicted from the place before. A batch
-may go through the model in several parts (``microbatch_size``): the sums are accumulated and divided once, so the
-result is that of the whole batch, however the tokens are spread over its parts.
+A member's loss is the mean over the response tokens of its batch, each predicted from the position before it. A batch
+may go through the model in several parts (``microbatch_size``): sums are accumulated and divided once, so the result
+is that of the whole batch, however the tokens are distributed over the parts.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from instrdiv.models.lora import Adapter, Lora
 from instrdiv.training.optimizers import adapter_optimizer, rate_at
 from instrdiv.training.recipe import Recipe
 
-#: The head is applied to pieces of the rows: so many bytes of logits are there at once, at most, on a device.
+#: The head is applied to the rows piece by piece, so that a device holds about this many bytes of logits at once.
 LOGIT_BYTES = 1 << 28
 
 
 @struct.dataclass
 class MemberData:
-    """Numbers of the members, float32 [M].
+    """Per-member scalars, float32 [M].
 
     Attributes:
-      scale: alpha over rank.
-      learning_rate: at the peak.
+      scale: alpha / rank.
+      learning_rate: peak learning rate.
     """
 
     scale: jax.Array
@@ -47,11 +47,11 @@ class MemberData:
 
 @struct.dataclass
 class Batch:
-    """Rows of all members: [K steps, parts of a step, M * microbatch, T]; the members' one after another.
+    """Rows of all members: [K steps, parts of a step, M * microbatch, T]; grouped by member, in order.
 
     Attributes:
       tokens, positions, segments: int32.
-      loss_mask: bool; True where the token is to be predicted from the place before.
+      loss_mask: bool; True where the token is to be predicted from the position before it.
       sources: int8, index of the token's source among those of the run; -1 is padding.
     """
 
@@ -64,11 +64,11 @@ class Batch:
 
 @struct.dataclass
 class AdapterState:
-    """What training changes, all of it with a leading axis M.
+    """What training changes; every array has a leading axis M.
 
     Attributes:
       adapters: float32, see ``lora.py``.
-      optimizer: AdamW's state of each member.
+      optimizer: AdamW's state, per member.
       diverged_at: int32 step at which the member was frozen because its gradients or its update stopped being finite;
         -1 while it trains.
     """
@@ -80,11 +80,11 @@ class AdapterState:
 
 @struct.dataclass
 class ChunkMetrics:
-    """Of the steps of a chunk before any divergence.
+    """Metrics over a chunk's steps, excluding those from a member's divergence on.
 
     Attributes:
-      losses: float32 [M, S], sums of the losses of the response tokens of every source.
-      tokens: int32 [M, S], how many these are.
+      losses: float32 [M, S], summed losses of the response tokens of each source.
+      tokens: int32 [M, S], number of these tokens.
       gradient_norm: float32 [M], mean over the steps, before clipping.
     """
 
@@ -108,22 +108,22 @@ def response_losses(
     sources: int,
     piece: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums of the losses of the response tokens, and how many these are: float32 and int32 [M, sources].
+    """Summed losses of the response tokens, and the number of these tokens: float32 and int32 [M, sources].
 
     Args:
       model: the base.
-      recipe: precision, remat and attention are read.
+      recipe: its precision, remat and attention are used.
       adapters: of M members.
-      batch: [B, T], M divides B.
-      sources: how many there are.
-      piece: places of every row that the head is applied to at once; default: all. Logits of the whole batch would be
-        larger than everything else (T times the vocabulary), so they are made and forgotten piece by piece, and again
-        for the backward pass.
+      batch: [B, T]; M divides B.
+      sources: number of sources.
+      piece: number of positions of every row that the head is applied to at once; default: all. The whole batch's
+        logits (T times the vocabulary per row) would be larger than everything else, so they are computed and discarded
+        piece by piece, and recomputed in the backward pass.
     """
     rows = llama.Rows(batch.tokens, batch.positions, batch.segments)
     precision = jnp.dtype(recipe.precision)
     x, _ = llama.hidden(model, rows, adapters, precision=precision, remat=recipe.remat, attention=recipe.attention)
-    # Everything about a token, moved to the place that predicts it; the first token is predicted from nowhere.
+    # Shift everything about a token to the position that predicts it; nothing predicts the first token.
     targets, wanted, source = (jnp.roll(part, -1, axis=1) for part in (batch.tokens, batch.loss_mask, batch.sources))
     wanted = wanted.at[:, -1].set(False)
     members, (count, places) = len(adapters.scale), batch.tokens.shape
@@ -149,10 +149,10 @@ def response_losses(
 
 
 def head_piece(config: ModelConfig, rows: int, places: int, mesh: Mesh) -> int:
-    """Places of so many rows, spread over a mesh, that the head is applied to at once: ``LOGIT_BYTES`` of logits."""
+    """How many positions of ``rows`` rows, spread over a mesh, the head is applied to at once; see ``LOGIT_BYTES``."""
     shards = mesh.shape["member"] * mesh.shape["data"]
     piece = max(1, LOGIT_BYTES // (4 * config.vocab_size * rows // shards))
-    return math.ceil(places / math.ceil(places / piece))  # pieces of one size
+    return math.ceil(places / math.ceil(places / piece))  # pieces of equal size
 
 
 def train_step(
@@ -167,8 +167,8 @@ def train_step(
 ) -> tuple[AdapterState, ChunkMetrics]:
     """One step of all members on a batch [parts, B, T].
 
-    A member whose gradients or update are not finite is frozen before the update is applied; nothing of it reaches the
-    others. A batch without a response token of a member has a gradient of zero.
+    A member whose gradients or update are not finite is frozen before the update is applied, and the others are not
+    affected. If a member's batch has no response tokens, its gradient is zero.
     """
 
     def loss_sum(adapters, part):

@@ -1,4 +1,4 @@
-"""Chunk after chunk: the device trains while the host reads what is done, reports it, and saves."""
+"""The training loop over chunks: while the device trains, the host reads, reports and saves earlier results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instrdiv.runtime.tables import (
 
 
 class Trains(Protocol):
-    """What is trained: ``advance`` dispatches the next chunk and returns at once; it replaces ``state``."""
+    """A trainer: ``advance`` dispatches the next chunk, replaces ``state``, and returns without waiting."""
 
     step: int
     state: Any
@@ -25,13 +25,14 @@ class Trains(Protocol):
 
 
 class Work(NamedTuple):
-    """What is to be done.
+    """The work of a training loop.
 
     Attributes:
-      name: of the group, for tables.
-      steps, chunk_steps: of all, and of a chunk; the last one may be shorter.
-      examples: that a step trains on, members counted.
-      tokens: of an example.
+      name: name of the group, for tables.
+      steps: total number of steps.
+      chunk_steps: steps per chunk; the last chunk may be shorter.
+      examples: examples per step, summed over members.
+      tokens: tokens per example.
     """
 
     name: str
@@ -45,9 +46,10 @@ class Saving(NamedTuple):
     """Where and when a group is saved.
 
     Attributes:
-      checkpoints, schedule: where, and when.
-      record: makes what is saved beside the state.
-      stop: who may ask to stop.
+      checkpoints: where.
+      schedule: when.
+      record: returns what is saved alongside the state.
+      stop: set when the user asks to stop.
     """
 
     checkpoints: Checkpoints
@@ -57,15 +59,15 @@ class Saving(NamedTuple):
 
 
 class ChunkLoop:
-    """Trains to the end, from where the trainer is; the seconds of the first chunk count from here.
+    """Trains to the end from the trainer's current step; the first chunk's time is measured from construction.
 
     Args:
-      work, trainer: what is done, and by whom.
-      timings: rows of timings.csv so far; one per chunk is added.
-      measure: dispatches what is to be known of a chunk, given what ``advance`` returned.
-      report: takes the step, that, on the host, and the seconds that the chunk took (None where compilation was part
-        of it); the chunk's row is in ``timings`` by then.
-      saving: None saves nothing.
+      work, trainer: the work, and the trainer that does it.
+      timings: rows of timings.csv so far; one is added per chunk.
+      measure: dispatches a chunk's measurements, given what ``advance`` returned.
+      report: called with the step, the measurements on the host, and the chunk's seconds (None if they include
+        compilation); by then, the chunk's row is in ``timings``.
+      saving: None to save nothing.
     """
 
     def __init__(
@@ -82,10 +84,10 @@ class ChunkLoop:
         self._clock = time.monotonic()
 
     def run(self) -> None:
-        """The results of one chunk are read while the next one runs, unless it is to be saved."""
+        """Runs all chunks. A chunk's results are read while the next one runs, unless the chunk is to be saved."""
         trainer, pending, compiled = self.trainer, None, set()
         while trainer.step < self.work.steps:
-            # Before the next one is dispatched: on CPU, that may take as long as it runs.
+            # Wait before dispatching the next chunk: on CPU, dispatching may block for as long as the chunk runs.
             seconds = self._wait(pending[-1]) if pending else 0.0
             before = trainer.step
             results = self._measure(trainer.advance())
@@ -96,7 +98,7 @@ class ChunkLoop:
             compiled.add(length)
             pending = (trainer.step, length, compiling, results)
             save = trainer.step == self.work.steps or self._is_save_due()
-            if save or compiling:  # what runs while this process compiles would make the next rate a wonder
+            if save or compiling:  # else a chunk that ran during compilation would inflate the next rate
                 self._report(*pending, seconds=self._wait(results))
                 pending = None
             if save:
@@ -123,14 +125,14 @@ class ChunkLoop:
         self.timings[-1]["checkpoint_seconds"] = self._clock - started
 
     def stop_if_asked(self) -> None:
-        """Leaves, if that was asked for, once the last checkpoint is on disk. Raises Interrupted."""
+        """If a stop was requested, waits until the last checkpoint is on disk and raises Interrupted."""
         if self.saving and self.saving.stop and self.saving.stop.requested:
             self.saving.checkpoints.wait()
             where = f"group {self.work.name}, step {self.trainer.step} of {self.work.steps}"
             self.saving.stop.leave_if_asked(where)
 
     def _wait(self, results: Any) -> float:
-        """Waits for a chunk's results; seconds since those of the one before were there."""
+        """Waits for a chunk's results; returns the seconds since the previous chunk's results were ready."""
         jax.block_until_ready(results)
         last, self._clock = self._clock, time.monotonic()
         return self._clock - last
@@ -152,10 +154,10 @@ class ChunkLoop:
         self._report_results(step, jax.device_get(results), None if compiling else seconds)
 
 
-#: Columns of timings.csv: one row per report. Seconds include the tests on unseen_dev; where a row has ``compiled`` 1,
-#: they include compilation, and there is no rate. Tokens are all places of a row: where lengths vary, padding is among
-#: them. ``elapsed_seconds`` adds the seconds up, over all launches, for a group; ``checkpoint_seconds``, besides, is
-#: how long training stood still for a checkpoint.
+#: Columns of timings.csv: one row per report. Seconds include the tests on unseen_dev; if ``compiled`` is 1, they also
+#: include compilation, and there is no rate. Tokens count all positions of a row, padding included.
+#: ``elapsed_seconds`` is the sum of a group's seconds over all launches; ``checkpoint_seconds``, not part of it, is how
+#: long training was paused for a checkpoint.
 TIMING_COLUMNS = (
     *("group", "step", "compiled", "seconds", "examples_per_second", "tokens_per_second", "elapsed_seconds"),
     "checkpoint_seconds",

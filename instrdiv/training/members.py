@@ -1,4 +1,4 @@
-"""Training a group: the step of one member, the compiled chunk of all, and the trainer that owns their state."""
+"""Training a group: one member's step, the compiled chunk of all members, and the trainer that owns their state."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from instrdiv.training.population import MemberData, Tables, stack_group, traini
 
 @struct.dataclass
 class MemberState:
-    """What training changes in a member; a group stacks it along M.
+    """What training changes in a member; groups stack it along M.
 
     Attributes:
-      params: the decoder's, float32.
+      params: the decoder's parameters, float32.
       optimizer: the optimizer's state.
       diverged_at: int32 step at which the member was frozen because its gradients or its update stopped being finite;
         -1 while it trains.
@@ -42,7 +42,7 @@ class MemberState:
 
 @struct.dataclass
 class StepMetrics:
-    """Means of a chunk over its steps before any divergence, float32: one value a member."""
+    """Per-member means over a chunk's steps before any divergence, float32."""
 
     loss: jax.Array
     gradient_norm: jax.Array
@@ -59,15 +59,16 @@ def predict(
 
 
 def exact_matches(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """bool [B]: the most likely token is right at every answer position and at the end.
+    """bool [B]: the most likely token is right at every position of the answer and its end token.
 
-    Under teacher forcing this equals exactness of greedy decoding: up to the first error the two read the same tokens.
+    With teacher forcing, this equals the exact match of greedy decoding: up to the first error, both read the same
+    tokens.
     """
     return ((logits.argmax(-1) == targets) | ~mask).all(-1)
 
 
 def init_member(group: Group, data: MemberData) -> MemberState:
-    """A member's state before its first step. The initial weights depend on the seed alone."""
+    """A member's state before its first step. The initial weights depend only on the seed."""
     decoder = make_decoder(group)
     tokens = jnp.zeros((1, decoder.sequence), jnp.int32)
     params = decoder.init(stream_key(INIT_STREAM, data.seed), tokens, jnp.zeros(1, jnp.int32))
@@ -76,7 +77,7 @@ def init_member(group: Group, data: MemberData) -> MemberState:
 
 
 def abstract_member(group: Group) -> MemberState:
-    """Shapes and types of one member's state."""
+    """Shapes and dtypes of one member's state."""
     seed = jax.ShapeDtypeStruct((), np.uint32)
     data = MemberData(seed, *[None] * 6)  # type: ignore[arg-type]
     return jax.eval_shape(lambda data: init_member(group, data), data)
@@ -131,9 +132,9 @@ def train_step(
 
 
 def over_the_batch(loss, gradients, exact, tokens) -> tuple[jax.Array, Any, jax.Array]:
-    """Means over the whole batch of the loss and its gradients, which are means over this device's tokens.
+    """Reduces over the whole batch: means of the loss and gradients (given as means over this device's tokens).
 
-    And the sum of the exact matches. One reduction carries everything, as float32: what is reduced apart waits apart.
+    Exact matches are summed. Everything goes through a single float32 reduction, because separate ones would each wait.
     """
     weight = tokens.astype(jnp.float32)
     parts = jax.tree.map(lambda mean: mean * weight, (loss, gradients))
@@ -145,7 +146,7 @@ def over_the_batch(loss, gradients, exact, tokens) -> tuple[jax.Array, Any, jax.
 def train_chunk(
     group: Group, data_parallel: int, tables: Tables, data: MemberData, state: MemberState, first_step, indices_KxB
 ) -> tuple[MemberState, StepMetrics]:
-    """K steps of one member, and the means of their metrics."""
+    """Runs K steps of one member; also returns the means of their metrics."""
 
     def body(state, step_and_indices):
         step, indices_B = step_and_indices
@@ -172,9 +173,9 @@ def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
 def chunk_shapes(
     group: Group, pools: RulePools, mesh: Mesh, members_per_vmap: int, steps: int | None = None
 ) -> tuple[Any, ...]:
-    """What ``chunk_program`` takes, as shapes on the mesh: compiles it without giving it memory, or a device.
+    """The arguments of ``chunk_program`` as shapes on the mesh, to compile it without memory or even a device.
 
-    ``steps``: of the chunk, by default as many as a run's chunk has.
+    ``steps`` is the number of steps in the chunk, by default that of the group's config.
     """
     size = padded_size(len(group.members), mesh, members_per_vmap)
 
@@ -200,12 +201,12 @@ class Trainer:
     """The state of a group on its mesh, advanced chunk by chunk.
 
     Args:
-      group, pools, mesh, members_per_vmap: what is trained, and its layout.
-      restored: the step and the named arrays of a checkpoint to go on from; ValueError where they are not this group's.
+      group, pools, mesh, members_per_vmap: what to train, and its layout.
+      restored: the step and the named arrays of a checkpoint to resume from; ValueError if they do not match the group.
 
     Attributes:
-      step: steps done.
-      size: members including idle ones.
+      step: number of steps done.
+      size: number of members, including idle ones.
       tables, data, state: on device.
     """
 
@@ -237,11 +238,11 @@ class Trainer:
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
         state = stacked_state(arrays, abstract_member(self.group), len(self.group.members), self.size)
-        # Not aliased: the buffers are donated to the first chunk.
+        # Not aliased, because the buffers are donated to the first chunk.
         return jax.device_put(state, NamedSharding(self.mesh, P("member")), may_alias=False)
 
     def chunk_arguments(self) -> tuple[Any, ...]:
-        """What the next call of ``train_chunk`` takes."""
+        """The arguments for the next call of ``train_chunk``."""
         indices = self._order.batches(self.step, self.group.config.chunk_steps)
         indices = put(indices, self.mesh, P(None, "data"))
         return self.tables, self.data, self.state, jnp.int32(self.step), indices

@@ -1,4 +1,4 @@
-"""Optimizers of models, of adapters and of a small base, and the schedule of their rates, which may be traced."""
+"""Optimizers for models, adapters, and the small base, and the learning-rate schedule; rates may be traced."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from instrdiv.training.recipe import Recipe
 def make_optimizer(
     config: TrainingFields, learning_rate: Any, adam_learning_rate: Any, weight_decay: Any
 ) -> optax.GradientTransformation:
-    """AdamW, or Muon on the matrices of the blocks with AdamW on the rest; gradients clipped by global norm.
+    """AdamW, or Muon on the blocks' matrices with AdamW on the rest; gradients are clipped by global norm.
 
-    The rates may be traced, so the optimizer is made anew inside every step; its state's structure depends on
-    ``config`` alone. Decay is decoupled, multiplied by the rate, and applies to matrices only (embeddings included,
+    The rates may be traced, so the optimizer is built inside every step; its state's structure depends only on
+    ``config``. Weight decay is decoupled, multiplied by the rate, and applies only to matrices (embeddings included,
     norms and biases not).
 
-    Muon is assembled from optax's parts, except ``orthogonalize``: ``optax.contrib.muon`` would decay norms and
-    biases, too, and takes one matrix after another (see docs/performance.md). Its momentum is Nesterov's without the
-    correction of the first steps' bias, as Muon first had it; its scale does not matter, being orthogonalized away.
+    Muon is assembled from optax's parts, except ``orthogonalize``: ``optax.contrib.muon`` would also decay norms and
+    biases, and processes matrices one at a time (see docs/performance.md). The momentum is Nesterov's without bias
+    correction, as in the original Muon; its scale does not matter, because orthogonalization removes it.
     """
     clip = optax.clip_by_global_norm(config.clip)
 
@@ -46,9 +46,9 @@ def make_optimizer(
 
 
 def adapter_optimizer(recipe: Recipe, learning_rate: Any) -> optax.GradientTransformation:
-    """AdamW on one member's adapter, its gradient clipped by global norm; a and b are decayed alike, as by PyTorch's.
+    """AdamW on one member's adapter, its gradient clipped by global norm; a and b are both decayed, as in PyTorch.
 
-    The rate may be traced: the optimizer is made anew in every step.
+    The rate may be traced: the optimizer is built inside every step.
     """
     adamw = optax.adamw(learning_rate, b1=0.9, b2=recipe.adam_b2, weight_decay=recipe.weight_decay)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
@@ -57,12 +57,12 @@ def adapter_optimizer(recipe: Recipe, learning_rate: Any) -> optax.GradientTrans
 def base_optimizer(
     recipe: Recipe, learning_rate: float, adam_learning_rate: float, weights: Any
 ) -> optax.GradientTransformation:
-    """Muon on the kernels of a Llama's layers, Adam on the rest; for a small base that is trained from scratch.
+    """Muon on the kernels of a Llama's layers, Adam on the rest; for a small base trained from scratch.
 
     Args:
-      recipe: schedule, clipping, decay.
-      learning_rate, adam_learning_rate: peaks.
-      weights: the tree of weights, or their shapes.
+      recipe: schedule, clipping and weight decay.
+      learning_rate, adam_learning_rate: peak rates.
+      weights: the tree of weights, or of their shapes.
     """
     kernels = jax.tree_util.tree_map_with_path(
         lambda path, _: (
@@ -81,10 +81,10 @@ def base_optimizer(
 
 
 def orthogonalize(matrices: Any) -> Any:
-    """The matrices of a tree with all their singular values brought near 1 (0.7 to 1.2), as Muon wants its updates.
+    """Brings all singular values of the matrices in a tree near 1 (0.7 to 1.2), as Muon does with its updates.
 
     Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024), as in ``optax.contrib.muon``; but matrices of
-    one shape, transposed or not, go through it together: there are two or three such shapes, and many matrices.
+    the same shape, up to transposition, are batched: there are two or three such shapes, and many matrices.
     """
     leaves, structure = jax.tree.flatten(matrices)
     wide = [leaf.T if leaf.shape[0] > leaf.shape[1] else leaf for leaf in leaves]
@@ -102,13 +102,13 @@ def orthogonalize(matrices: Any) -> Any:
 
 
 def _scale_to_shape(update: jax.Array) -> jax.Array:
-    """Muon's usual scale, by which a rate means the same for every shape: sqrt(max(1, fan_out / fan_in))."""
+    """Muon's usual scale, which makes a rate comparable across shapes: sqrt(max(1, fan_out / fan_in))."""
     fan_in, fan_out = update.shape
     return update * max(1.0, fan_out / fan_in) ** 0.5
 
 
 def decayed_parameters(params: Any) -> Any:
-    """Tree of bools: decayed are the parameters with two dimensions."""
+    """Tree of bools: True for the parameters with two dimensions, which are decayed."""
     return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
@@ -123,7 +123,7 @@ def optimizer_of(params: Any) -> Any:
 
 
 class HasSchedule(Protocol):
-    """What says how a rate changes over a run; see ``ScheduleFields``."""
+    """A config with a learning-rate schedule; see ``ScheduleFields``."""
 
     @property
     def steps(self) -> int: ...
@@ -136,7 +136,7 @@ class HasSchedule(Protocol):
 
 
 def rate_at(config: HasSchedule, step: jax.Array) -> jax.Array:
-    """The rate of a step (int32) as a share of the peak, float32: warm-up, then decay to the end of the budget."""
+    """The rate at a step (int32) as a share of the peak, float32: warm-up, then decay until the last step."""
     step = step.astype(jnp.float32)
     warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

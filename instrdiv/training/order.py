@@ -1,4 +1,4 @@
-"""The order in which examples are visited: the epochs' permutations, cut into batches."""
+"""The order in which examples are visited: one permutation per epoch, cut into batches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 def epoch_order(examples: int, epoch: int, seed: int = 0) -> np.ndarray:
     """The order in which an epoch visits the N examples, int32 [N]; shared by all members.
 
-    Sorted raw Philox words: a permutation that no numpy version changes.
+    Obtained by sorting raw Philox words, so the permutation does not change with the numpy version.
     """
     words = np.random.Philox(key=np.array([seed, 0x6F726465_00000000 + epoch], np.uint64)).random_raw(examples)
     return np.argsort(words, kind="stable").astype(np.int32)
 
 
 class ExampleOrder:
-    """Which examples each step visits: the epochs' orders, end to end, cut into batches; see ``epoch_order``."""
+    """Which examples each step visits: the epochs' orders, concatenated and cut into batches; see ``epoch_order``."""
 
     def __init__(self, examples: int, batch_size: int, seed: int = 0):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed

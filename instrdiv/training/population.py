@@ -1,4 +1,4 @@
-"""Populations on the device: the tables and knobs of a group's members stacked, and the example that an index means."""
+"""Populations on the device: the stacked tables and knobs of a group's members, and the example for an index."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from instrdiv.tasks.task import Example
 
 @struct.dataclass
 class Tables:
-    """What all members of a group look things up in, replicated on every device.
+    """Lookup tables shared by all members of a group, replicated on every device.
 
     Attributes:
-      pools: instructions, a tree of arrays [R, I, ...]: one row per seed and source, as long as its longest member
-        needs.
+      pools: instructions, a tree of arrays [R, I, ...]: one row per seed and source, with I large enough for every
+        member of the group.
     """
 
     pools: Any
@@ -34,13 +34,13 @@ class Tables:
 
 @struct.dataclass
 class MemberData:
-    """What a member is, on device: scalars and its own table; a group stacks them along M.
+    """A member on the device: scalars and its own table; groups stack these along M.
 
     Attributes:
       seed: uint32.
-      pool: int32, row of ``Tables.pools``; the member uses the first ``instructions`` rules of it.
-      cumulative_counts: int32 [I]; example i uses the first rule whose cumulative count exceeds i.
-      knobs: settings of sampling, see ``Task.knobs``.
+      pool: int32, row of ``Tables.pools``; the member uses its first ``instructions`` instructions.
+      cumulative_counts: int32 [I]; example i uses the first instruction whose cumulative count exceeds i.
+      knobs: sampling settings, see ``Task.knobs``.
       learning_rate, adam_learning_rate, weight_decay: float32.
     """
 
@@ -54,7 +54,7 @@ class MemberData:
 
 
 def training_example(group: Group, tables: Tables, data: MemberData, index: jax.Array) -> Example:
-    """Example ``index`` (int32 in [0, N)) of a member's fixed training set: always the same one."""
+    """Example ``index`` (int32 in [0, N)) of a member's fixed training set; deterministic."""
     rule = jnp.searchsorted(data.cumulative_counts, index, side="right")
     chosen = jax.tree.map(lambda table: table[data.pool, rule], tables.pools)
     if group.task.finite:
@@ -65,7 +65,7 @@ def training_example(group: Group, tables: Tables, data: MemberData, index: jax.
 
 
 def stack_knobs(settings: Sequence[TaskSetting]) -> Any:
-    """The knobs of settings, numpy, stacked along M; arrays [n] are padded to the longest."""
+    """Stacks the knobs of settings along M (numpy); arrays [n] are padded to the longest."""
     knobs = [setting.knobs() for setting in settings]
 
     def stacked(*leaves: np.ndarray) -> np.ndarray:
@@ -76,7 +76,7 @@ def stack_knobs(settings: Sequence[TaskSetting]) -> Any:
 
 
 def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, MemberData]:
-    """The tables and the stacked member data of a group, as numpy arrays with a leading axis of ``size`` members."""
+    """The tables of a group, and its member data stacked to ``size`` members, as numpy arrays."""
     members = [*group.members, *[group.members[0]] * (size - len(group.members))]
     longest = max(member.setting.instructions for member in members)
     rows: dict[Any, int] = {}
@@ -85,7 +85,7 @@ def stack_group(group: Group, pools: RulePools, size: int) -> tuple[Tables, Memb
         key = pools.key(member)
         if key not in rows:
             rows[key] = len(rows)
-            # A pool may be longer than this group needs, or shorter than another pool of it.
+            # A pool may be longer than this group needs, or shorter than another of its pools.
             tables.append(pools.whole(member)[:longest].arrays())
     stacked = jax.tree.map(lambda *parts: np.stack([_pad_to(part, longest) for part in parts]), *tables)
 

@@ -1,7 +1,7 @@
-"""A small base model, for where no real one is at hand: a Llama-family decoder trained from random weights.
+"""A small base model for when no real one is available: a Llama-family decoder trained from random weights.
 
-It is written as a checkpoint with a tokenizer, and then is read, adapted and tested by the very code that a model of
-seven billion parameters goes through.
+It is written as a checkpoint with a tokenizer, and then read, adapted and tested by the same code as a model with seven
+billion parameters.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class SmallBase:
 
     Attributes:
       layers, width, heads, mlp_width: sizes.
-      instructions: rules it is trained on, many, so that it follows unseen ones.
-      examples: its fixed training set.
+      instructions: number of rules to train on; large, so that it follows unseen rules.
+      examples: size of its fixed training set.
       recipe, learning_rate, adam_learning_rate: see ``pretrain``.
-      seed: of its weights and rules; apart from those of the members, but on the same side of the held-out split.
+      seed: of its weights and rules; distinct from the members' seeds, but on the same side of the held-out split.
     """
 
     layers: int
@@ -65,7 +65,7 @@ class SmallBase:
     seed: int = 1_000_000
 
     def config(self, vocab_size: int, end_token: int) -> ModelConfig:
-        """Of the model, as a checkpoint's config.json says it."""
+        """The model's configuration, as read from a checkpoint's config.json."""
         return ModelConfig.from_json(
             {
                 "architectures": ["LlamaForCausalLM"],
@@ -87,17 +87,17 @@ class SmallBase:
 def make_base(
     directory: Path, setting: EncryptedSetting, small: SmallBase, mesh: Mesh, say: Callable[[str], None]
 ) -> None:
-    """Trains a small base on plain rewriting and writes it as a checkpoint; nothing is done where it is there already.
+    """Trains a small base on plain rewriting and writes it as a checkpoint; does nothing if it already exists.
 
     Args:
-      directory: of the checkpoint. It appears whole or not at all.
-      setting: alphabet, lengths and held-out split of the rewriting.
-      small: the decoder.
-      mesh: all its devices train it together.
-      say: told how it goes.
+      directory: of the checkpoint, created atomically.
+      setting: alphabet, lengths and held-out split of the rewriting task.
+      small: the decoder and its training.
+      mesh: all its devices train the model together.
+      say: called with progress messages.
 
     Raises:
-      BadInput: the directory holds another base, or something else.
+      BadInput: the directory contains a different base, or something else.
     """
     setting = dataclasses.replace(setting, instructions=small.instructions, examples=small.examples, kept="all")
     needed = (
@@ -115,11 +115,12 @@ def make_base(
         try:
             found = json.loads(about.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise BadInput(f"{directory}: holds no base of ours; name another --run_dir, or remove it") from None
+            raise BadInput(f"{directory}: does not contain a base trained by this command; choose another --run_dir "
+                           "or delete it") from None  # fmt: skip
         other = [name for name in asked if found.get(name) != asked[name]]
         if other:
-            raise BadInput(f"{about}: this base was trained with another {other[0]}; name another --run_dir, or remove "
-                           f"{directory}")  # fmt: skip
+            raise BadInput(f"{about}: this base was trained with a different {other[0]}; choose another --run_dir or "
+                           f"delete {directory}")  # fmt: skip
         return
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -139,7 +140,7 @@ def make_base(
 
 
 def make_tokenizer(directory: Path, setting: EncryptedSetting) -> Tokenizer:
-    """Writes a tokenizer with one token a letter, and one for each of the prompt's words."""
+    """Writes a tokenizer with one token per letter and one per word of the prompt, and loads it."""
     letters = Alphabet(setting.alphabet_size).letters + (" " if setting.separator == "space" else "")
     specials = (_PAD, _END, *PROMPT_WORDS, PROMPT_WORDS[1].strip())  # a plain prompt begins with its rule
     tokenizer = character_tokenizer(letters, specials)
@@ -149,7 +150,7 @@ def make_tokenizer(directory: Path, setting: EncryptedSetting) -> Tokenizer:
 
 
 def random_weights(config: ModelConfig, seed: int) -> Weights:
-    """Weights before training, float32: kernels N(0, 1 / fan in), those that write to the residual stream divided by
+    """Initial weights, float32: kernels N(0, 1 / fan in), those that write to the residual stream divided by
     sqrt(2 layers), embeddings N(0, 1/4), norms 1, biases 0."""
     values = {}
     for number, leaf in enumerate(leaves(config)):
@@ -178,16 +179,16 @@ def pretrain(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Weights:
-    """All weights of a decoder, trained from random ones by Muon (the layers' kernels) and Adam (the rest).
+    """Trains all weights of a decoder from random ones, with Muon (the layers' kernels) and Adam (the rest).
 
     Args:
-      config: of the model.
-      data: rows; the loss is on their response tokens.
-      recipe: steps, batch, schedule, clipping and precision.
-      learning_rate, adam_learning_rate: peaks.
-      mesh: rows of a batch are spread over all its devices.
+      config: the model's configuration.
+      data: packed rows; the loss is on their response tokens.
+      recipe: steps, batch size, schedule, clipping and precision.
+      learning_rate, adam_learning_rate: peak rates.
+      mesh: the rows of a batch are sharded over all its devices.
       seed: of the initial weights and the order of the rows.
-      say: told how it goes after every chunk.
+      say: called with a progress message after every chunk.
 
     Returns:
       float32 weights on the first device.

@@ -1,4 +1,4 @@
-"""How adapters are trained: the recipe that the members of a run share, and what a member is."""
+"""How adapters are trained: the recipe that all members of a run share, and the members."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from instrdiv.runtime.files import plain
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(ScheduleFields):
-    """How the members of a run are trained: what they share. Hashable.
+    """The training settings that all members of a run share. Hashable.
 
-    The fields are flags, ``--config.<field>``. The last of the equal chunks between reports may be shorter.
+    The fields are flags, ``--config.<field>``. Chunks between reports have equal lengths, except that the last may be
+    shorter.
     """
 
-    steps: int = field(2000, "training steps; the schedule ends with them", bound=at_least(1))
-    batch_size: int = field(64, "rows a step of one member", bound=at_least(1))
-    microbatch_size: int | None = field(None, "rows of a member that go through the model at once (default: all)")
+    steps: int = field(2000, "training steps; the schedule ends at the last one", bound=at_least(1))
+    batch_size: int = field(64, "rows per step of one member", bound=at_least(1))
+    microbatch_size: int | None = field(None, "rows per member that go through the model at once (default: all)")
     weight_decay: float = field(
         0.0, "decoupled weight decay of the adapters, times the learning rate", bound=at_least(0)
     )
     precision: str = field("bfloat16", "compute precision; adapters are float32", ("float32", "bfloat16"))
-    remat: bool = field(False, "keep only the input of every layer for the backward pass: less memory, a third slower")
+    remat: bool = field(False, "keep only each layer's input for the backward pass: less memory, a third slower")
     attention: str = field("plain", "how attention is computed", llama.ATTENTION)
 
     @property
     def chunk_steps(self) -> int:
-        """Steps between two reports."""
+        """Number of steps between reports."""
         return math.ceil(self.steps / self.reports)
 
     @property
     def parts(self) -> int:
-        """Parts that a batch goes through the model in."""
+        """Number of parts in which a batch goes through the model."""
         return self.batch_size // (self.microbatch_size or self.batch_size)
 
     def validate(self) -> None:
-        """Raises BadInput, naming the flag, for a recipe that cannot be followed."""
+        """Raises BadInput, naming the flag, if the recipe is not valid."""
         check_fields(self)
         if self.warmup_steps > self.steps:
             raise BadInput(f"--config.warmup_steps={self.warmup_steps}: must not exceed --config.steps={self.steps}")
@@ -60,23 +61,23 @@ class Recipe(ScheduleFields):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterMember:
-    """A member of a population: an adapter, how it is trained, and what tables say of it. Its rate is a flag, too.
+    """A member of a population: an adapter, its training, and its columns in tables. Its learning rate is a flag, too.
 
     Attributes:
-      lora: its shape.
-      learning_rate: at the peak.
-      seed: decides its initial weights and the order of its rows.
-      setting: whatever else tells it from others, for tables: column -> value, such as ``{"instructions": 1000}``. Its
-        data come beside it, one ``Packed`` a member.
+      lora: its adapter's configuration.
+      learning_rate: peak learning rate.
+      seed: determines its initial weights and the order of its rows.
+      setting: whatever else distinguishes it from other members, as table columns: column -> value, such as
+        ``{"instructions": 1000}``. Its data are passed separately, one ``Packed`` per member.
     """
 
     lora: Lora
-    learning_rate: float = field(1e-5, "at its peak", bound=at_least(0))
+    learning_rate: float = field(1e-5, "peak learning rate", bound=at_least(0))
     seed: int = 0
     setting: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def as_row(self) -> dict[str, Any]:
-        """Flat values for tables, except the seed."""
+        """Flat values for tables, without the seed."""
         return {
             **self.setting,
             "rank": self.lora.rank,
@@ -87,6 +88,6 @@ class AdapterMember:
 
     @property
     def id(self) -> str:
-        """Stable name: a hash of its row and its seed."""
+        """A stable name: a hash of its row and its seed."""
         text = json.dumps(plain(self.as_row() | {"seed": self.seed}), sort_keys=True)
         return "a" + hashlib.sha256(text.encode()).hexdigest()[:9]

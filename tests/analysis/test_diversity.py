@@ -1,4 +1,4 @@
-"""The numbers are exact where they are known by construction, and those of the definitions elsewhere."""
+"""Diversity measures against values known by construction, and elsewhere against their definitions."""
 
 import math
 
@@ -31,7 +31,7 @@ counts = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 
 def repeated(counts, dimensions=12):
-    """Orthogonal directions, each so often; in an order that is no help."""
+    """Orthogonal directions, repeated by these counts and shuffled."""
     rows = np.repeat(np.eye(dimensions)[: len(counts)], counts, axis=0)
     return np.random.default_rng(0).permutation(rows)
 
@@ -61,7 +61,7 @@ class TestEffectiveNumbers:
     @pytest.mark.parametrize("n, d", [(30, 5), (5, 30), (12, 12)])
     def test_the_vendi_score_is_that_of_its_definition_both_ways(self, n, d):
         embeddings = random_directions(n, d)
-        values = np.linalg.svd(embeddings, compute_uv=False) ** 2 / n  # the eigenvalues of K / N, in a third way
+        values = np.linalg.svd(embeddings, compute_uv=False) ** 2 / n  # the eigenvalues of K / N, computed a third way
         expected = math.exp(-sum(value * math.log(value) for value in values if value > 0))
         assert vendi(embeddings) == pytest.approx(expected, rel=1e-9)
         wider = np.concatenate([embeddings, np.zeros((n, 50))], 1)  # the same cosines, and d > n
@@ -106,8 +106,8 @@ class TestNearestSources:
 
     def test_equally_near_ones_count_in_part(self):
         one, other = np.eye(2)[[0, 0, 0]], np.eye(2)[[0, 0, 1]]
-        # The first source's texts have two equals in each; of the other's, two have three there and one here, and the
-        # third has all five others at a cosine of 0.
+        # Each text of the first source has two equals in each source. Of the other source, two texts have three equals
+        # in the first and one in their own; the third has a cosine of 0 with all five others.
         assert np.allclose(
             nearest_sources([one, other]), [[2 / 4, 2 / 4], [(3 / 4 + 3 / 4 + 3 / 5) / 3, (0.5 + 0.4) / 3]]
         )
@@ -139,7 +139,7 @@ class TestLayouts:
 
 
 class Axes:
-    """An embedder that gives each first word an axis."""
+    """An embedder whose axis is the first word, a number."""
 
     def __init__(self):
         self.asked = []
@@ -168,7 +168,7 @@ class TestMeasure:
         assert rows["narrow"]["clusters"] == pytest.approx(1) and rows["narrow"]["vendi"] == pytest.approx(1)
         wide = effective_number(np.array([9, 5, 5, 5, 4, 4, 4, 4]))
         assert rows["wide"]["clusters"] == pytest.approx(wide) and rows["wide"]["vendi"] == pytest.approx(wide)
-        assert math.isnan(rows["wide"]["vendi_low"])  # of one draw there is no interval
+        assert math.isnan(rows["wide"]["vendi_low"])  # a single draw has no interval
         assert rows["wide"]["vendi"] > rows[ALL]["vendi"] > rows["narrow"]["vendi"]
         assert rows[ALL]["vendi_low"] < rows[ALL]["vendi"] < rows[ALL]["vendi_high"]
         assert (rows["wide"]["texts"], rows["wide"]["distinct"]) == (40, 37)
@@ -206,7 +206,7 @@ class TestMeasure:
             assert all(tuple(row) == columns for row in tables)
         shares = {(row["source"], row["nearest"]): row["share"] for row in found.overlap}
         assert shares["a", "a"] + shares["a", "b"] == pytest.approx(1) and len(shares) == 4
-        assert shares["b", "a"] < shares["b", "b"]  # six of its eight axes are its own
+        assert shares["b", "a"] < shares["b", "b"]  # six of its eight axes are not shared
         places = [(row["source"], row["row"]) for row in found.map]
         assert len(set(places)) == len(places) == 60 and {row for _, row in places if _ == "a"} == set(range(30))
 

@@ -1,4 +1,4 @@
-"""Pictures show every member, the threshold and the regime; identical tables give identical files."""
+"""Figures show every member, the threshold and the training regime; identical tables give identical files."""
 
 from instrdiv.analysis import plots
 from instrdiv.config.presets import LAPTOP

@@ -1,4 +1,4 @@
-"""Thresholds and intervals against values worked out by hand or by an independent formula."""
+"""Thresholds and intervals against values computed by hand or by an independent formula."""
 
 import dataclasses
 import math
@@ -147,7 +147,7 @@ def test_the_logistic_overlay_finds_a_logistic():
 
 class TestComparisons:
     def thresholds(self, *values):
-        """Of sharp curves, one a seed, at these values."""
+        """Thresholds of sharp curves, one per seed, at these values."""
         curves = [threshold(table({seed: {v / 2: 0.0, v * 2: 1.0}})) for seed, v in enumerate(values)]
         joined = {seed: found.per_seed[seed] for seed, found in enumerate(curves)}
         return dataclasses.replace(curves[0], per_seed=joined)
@@ -164,7 +164,7 @@ class TestComparisons:
         assert (found.low, found.high) == pytest.approx(np.exp([expected.low, expected.high]), rel=2e-3)
 
     def test_more_comparisons_make_wider_intervals_that_all_hold(self):
-        """At most those of Bonferroni, at least those of one comparison; and the same again."""
+        """No wider than Bonferroni's, no narrower than those of one comparison, and reproducible."""
         draws = np.random.default_rng(1).normal(5, 0.2, (5, 3))
         control, *others = (self.thresholds(*np.exp(row)) for row in draws)
         found = ratios(dict(enumerate(others)), control)
@@ -229,18 +229,18 @@ def test_claims_are_read_as_they_were_written(tmp_path):
 
 class TestResidual:
     def test_is_what_one_seed_is_from_the_curve_of_the_other(self):
-        """Two seeds, the same x: each is the other's curve, where that rises."""
+        """Two seeds with the same x: each one's curve is the reference of the other where it is increasing."""
         found = thresholds.residual([1, 2, 4] * 2, [0.0, 0.5, 1.0, 0.1, 0.5, 0.8], [0, 0, 0, 1, 1, 1])
         assert found == pytest.approx(math.sqrt((0.1**2 + 0 + 0.2**2) / 3))
 
     def test_the_curve_rises(self):
-        """Seed 1's falling points become their mean, 0.5, for seed 0; and the other way round."""
+        """As the curve for seed 0, seed 1's falling points become their mean, 0.5; and vice versa."""
         found = thresholds.residual([1, 2] * 2, [0.5, 0.5, 0.8, 0.2], [0, 0, 1, 1])
         assert found == pytest.approx(math.sqrt((0 + 0 + 0.3**2 + 0.3**2) / 4))
 
     def test_between_its_points_it_is_linear_in_log_x(self):
         found = thresholds.residual([3, 15, 7], [0.0, 1.0, 0.6], [0, 0, 1])
-        errors = [0.6 - 0.5, 0.6 - 0.0, 1.0 - 0.6]  # seed 0 meets a curve of one point
+        errors = [0.6 - 0.5, 0.6 - 0.0, 1.0 - 0.6]  # for seed 0, the other's curve has one point
         assert found == pytest.approx(math.sqrt(sum(e * e for e in errors) / 3))
 
     def test_meaningless_jitter_wins_nothing(self):

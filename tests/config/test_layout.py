@@ -1,4 +1,4 @@
-"""How a run is laid out: what was asked for becomes a layout, or one line."""
+"""Layout of a run: options resolve to a layout, or to a one-line error."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from instrdiv.config.settings import Member
 from instrdiv.runtime.errors import BadInput
 from tests.worlds import members, tiny
 
-DEVICES = 8  # of the tests
+DEVICES = 8  # simulated in the tests
 
 
 def test_the_tests_have_the_devices_that_they_count_on():
@@ -48,7 +48,7 @@ def test_what_is_asked_for_is_kept_and_the_rest_fits(count, devices, data_parall
         assert layout.rows == min(DEVICES // data_parallel, math.ceil(count / layout.members_per_vmap))
     else:
         assert layout.devices == devices
-    assert Options(**dataclasses.asdict(layout)).resolve(members(count)) == layout, "a layout asks for itself"
+    assert Options(**dataclasses.asdict(layout)).resolve(members(count)) == layout, "a layout resolves to itself"
     layout.check(members(count))
 
 
@@ -56,7 +56,7 @@ def test_what_is_asked_for_is_kept_and_the_rest_fits(count, devices, data_parall
     "count, layout", [(3, (3, 1, 1)), (20, (7, 1, 3)), (64, (8, 1, 8)), (72, (8, 1, 5)), (100, (8, 1, 7))]
 )
 def test_on_an_accelerator_small_members_are_put_together(monkeypatch, count, layout):
-    """Blocks of at most eight, alike in size: 100 members on 8 devices are two blocks of 7 each."""
+    """Blocks of at most eight, of equal size: 100 members on 8 devices are two blocks of 7 per device."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert Options().leaves_block_to_probe and not Options(members_per_vmap=2).leaves_block_to_probe
     found = Options().resolve(members(count, instructions=4))
@@ -77,7 +77,7 @@ REFUSED = [
     ({"data_parallel": 16}, "--data_parallel=16: must divide the 8 devices of this machine"),
     ({"devices": 6, "data_parallel": 6}, "--data_parallel=6: must divide --config.batch_size=8"),
     ({"attention": "flash"}, "--attention=flash: must be one of plain, cudnn"),
-    ({"attention": "cudnn"}, "--attention=cudnn: needs an NVIDIA GPU; here is cpu"),
+    ({"attention": "cudnn"}, "--attention=cudnn: needs an NVIDIA GPU; the backend is cpu"),
 ]
 
 
@@ -92,9 +92,9 @@ def test_what_does_not_fit_is_one_line_that_names_the_flag(asked, message):
     "changes, message",
     [
         ({}, "needs --config.precision=bfloat16"),
-        ({"precision": "bfloat16", "input_length_min": 4}, "needs strings of one length each"),
-        ({"precision": "bfloat16", "width": 24}, "needs heads of size 8, 16, … or 128, not 12; it is --config.width"),
-        ({"precision": "bfloat16", "width": 512}, "needs heads of size 8, 16, … or 128, not 256"),
+        ({"precision": "bfloat16", "input_length_min": 4}, "needs prompts of one fixed length"),
+        ({"precision": "bfloat16", "width": 24}, "needs a head size of 8, 16, … or 128, not 12; it is --config.width"),
+        ({"precision": "bfloat16", "width": 512}, "needs a head size of 8, 16, … or 128, not 256"),
         ({"precision": "bfloat16"}, None),
     ],
 )
@@ -113,7 +113,7 @@ def test_the_kernel_of_cudnn_has_its_needs(monkeypatch, changes, message):
     "layout, message",
     [
         (Layout(16, 1, 1, "plain"), "--devices=16: this machine has 8 (cpu)"),
-        (Layout(4, 1, 1, "cudnn"), "--attention=cudnn: needs an NVIDIA GPU; here is cpu"),
+        (Layout(4, 1, 1, "cudnn"), "--attention=cudnn: needs an NVIDIA GPU; the backend is cpu"),
         (Layout(8, 2, 5, "plain"), None),
     ],
 )

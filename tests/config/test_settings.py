@@ -1,4 +1,4 @@
-"""Settings: their three parts, their columns, and what is refused."""
+"""Settings: the three kinds of fields, their columns, and validation errors."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def test_every_field_says_what_it_costs_to_vary():
 
 
 def test_settings_that_differ_in_no_static_field_have_one_static_part():
-    """And the part says nothing else: whatever is read of it is the same for all members of a group."""
+    """The other fields of the static part are defaults: whatever is read from it is the same for the whole group."""
     other = tiny(instructions=4, learning_rate=1e-3, family="repeated", k_max=2)
     assert other.static == tiny().static and other.static.width == tiny().width and other.static.steps == tiny().steps
     assert tiny(width=32).static != tiny().static
@@ -71,9 +71,9 @@ REFUSED = {
     "no_op_fraction": ({"no_op_fraction": 1.5}, r"must be in \[0, 1\]"),
     "near_miss_fraction": ({"near_miss_fraction": -0.1}, r"must be in \[0, 1\]"),
     "pattern_length": ({"pattern_length": 6}, "must not exceed the shortest input, 5"),
-    "occurrences": ({"occurrences": (1, 3)}, "at most 2 patterns of 2 fit into an input of 5"),
+    "occurrences": ({"occurrences": (1, 3)}, "at most 2 patterns of length 2 fit into 5 letters"),
     "heads": ({"heads": 3}, "must divide --config.width=16"),
-    "family": ({"family": "palindromic"}, "families are free, repeated"),
+    "family": ({"family": "palindromic"}, "must be families joined by"),
     "k_min": ({"family": "repeated", "k_min": 3, "k_max": 3}, r"no order k in 3\.\.3 divides"),
     "k_max": ({"k_min": 3, "k_max": 2}, "at least --config.k_min=3"),
     "learning_rate": ({"learning_rate": -1e-3}, "at least 0"),
@@ -113,7 +113,7 @@ def test_no_ops_that_could_never_be_drawn_are_refused():
 
 @pytest.mark.parametrize("alphabet, pattern, length", [(2, "ab", 9), (2, "aab", 10), (3, "ab", 7), (2, "a", 6)])
 def test_the_probability_that_a_pattern_is_absent_is_exact(alphabet, pattern, length):
-    """Counted over all inputs, for the pattern of its length that is hardest to avoid."""
+    """Counted over all inputs, for the pattern that is absent least often among those of its length."""
     strings = ["".join(s) for s in itertools.product("abc"[:alphabet], repeat=length)]
     patterns = ["".join(p) for p in itertools.product("abc"[:alphabet], repeat=len(pattern))]
     absent = {p: sum(p not in s for s in strings) / len(strings) for p in patterns}
@@ -140,7 +140,7 @@ def test_numbers_of_any_kind_mean_the_same():
 
 @pytest.mark.parametrize("name", sorted(BASES))
 def test_a_setting_is_read_back_from_its_row(name):
-    """Also through JSON, which has no infinities; defaults that point elsewhere are filled in, and the id stays."""
+    """Also through JSON, which has no infinities; defaults that refer to other fields are resolved; the id stays."""
     setting = dataclasses.replace(BASES[name], occurrences=(1, 2))
     again = Setting.from_row(json.loads(json.dumps(plain(setting.as_row()))) | {"seed": 3, "id": "m1"})
     assert again.as_row() == setting.as_row() and Member(again, 3).id == Member(setting, 3).id

@@ -1,4 +1,4 @@
-"""Sweeps: what is asked for wrongly is refused in a line."""
+"""Sweeps: grids, and one-line errors for invalid arguments."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Duplicates and contamination are those that comparing everything with everything finds."""
+"""Duplicates and contamination against brute force over all pairs."""
 
 import random
 from dataclasses import replace
@@ -139,14 +139,14 @@ class TestClean:
             "a": [
                 row(said(40, 0), "yes", 1),
                 row(said(40, 0).upper(), "Yes", 2),  # an exact duplicate
-                row(said(40, 0), "no", 3),  # a near one: another answer
+                row(said(40, 0), "no", 3),  # a near duplicate: another answer
                 row(said(40, 1), f"It is {asked}", 4),  # contaminated in its response
-                row("too short", "yes", 5),  # contaminated as a whole
+                row("too short", "yes", 5),  # contaminated: equal to a whole prompt
                 row("too short to tell", "yes", 6),
             ],
             "b": [
                 row(said(40, 1), "fine", 1, "b", turns=((asked, "so"),)),  # contaminated in a later turn
-                row(said(40, 0), "yes", 2, "b"),  # repeats another source's
+                row(said(40, 0), "yes", 2, "b"),  # repeats a row of another source
                 row(said(40, 2), "fine", 3, "b"),
             ],
         }
@@ -196,7 +196,7 @@ class TestClean:
         matched = {one.row.where: one.matched for one in gone}
         assert matched["a.jsonl: line 4"] == " ".join(said(20, 9).split()[:13])
         assert matched["a.jsonl: line 5"] == "too short" and matched["a.jsonl: line 2"] == "1.00"
-        assert matched["a.jsonl: line 3"] == "0.95"  # 36 of 38 shingles: the last one has the answer in it
+        assert matched["a.jsonl: line 3"] == "0.95"  # 36 of 38 shingles: the last one includes the answer
 
     def test_all_of_a_row_is_compared(self):
         rows = [row("ask", "answer"), row("ask", "answer", system="be brief"), row("ask", "answer", input="this"),

@@ -1,4 +1,4 @@
-"""The hashed embedder is what counting n-grams gives; an embedder that gives nonsense is refused in one line."""
+"""The hashed embedder matches counted n-grams; invalid embedders and embeddings give one-line errors."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ texts = st.lists(st.text(alphabet="ab, É\n", min_size=1, max_size=15).filter(st
 
 
 def counted(text):
-    """The two halves of the embedding as dictionaries, from Python's own counting."""
+    """The two halves of the embedding as dictionaries, counted in plain Python."""
     words, letters = words_of(text), f" {normalize(text)} "
     halves = [
         Counter([(word,) for word in words] + [*pairwise(words)]),
@@ -76,12 +76,12 @@ class TestEmbedder:
     @pytest.mark.parametrize(
         "given, said",
         [
-            (np.ones((3, 2)), r"must give floats \[2, d\], gave float64 \[3, 2\]"),
-            (np.ones(2), r"must give floats \[2, d\], gave float64 \[2\]"),
-            (np.ones((2, 2), int), r"must give floats \[2, d\], gave int64 \[2, 2\]"),
-            (np.array([[1.0, 0], [0, 0]]), "gives no direction to the text 'b'"),
-            (scipy.sparse.csr_matrix([[1.0, 0], [0, 0]]), "gives no direction to the text 'b'"),
-            (np.array([[np.nan, 0], [0, 1]]), "gives an infinite direction to the text 'a'"),
+            (np.ones((3, 2)), r"must return floats \[2, d\], got float64 \[3, 2\]"),
+            (np.ones(2), r"must return floats \[2, d\], got float64 \[2\]"),
+            (np.ones((2, 2), int), r"must return floats \[2, d\], got int64 \[2, 2\]"),
+            (np.array([[1.0, 0], [0, 0]]), "returns a zero vector for the text 'b'"),
+            (scipy.sparse.csr_matrix([[1.0, 0], [0, 0]]), "returns a zero vector for the text 'b'"),
+            (np.array([[np.nan, 0], [0, 1]]), "returns a non-finite vector for the text 'a'"),
         ],
     )
     def test_refuses_what_is_none(self, given, said):

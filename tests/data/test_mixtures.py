@@ -1,4 +1,4 @@
-"""Mixtures are exact, nested and the same everywhere; fractions and brute force are the oracle."""
+"""Mixtures are exact, nested and reproducible; fractions and brute force are the oracle."""
 
 import hashlib
 from fractions import Fraction
@@ -34,7 +34,7 @@ class TestCounts:
 
     @given(weights, st.integers(1, 400))
     def test_no_source_loses_a_row_as_the_budget_grows(self, weights, budget):
-        # Largest remainders do: of 10 and 11 rows in shares 6:6:2, the third source would get 2, then 1.
+        # With largest remainders this would fail: in shares 6:6:2, the third source gets 2 of 10 rows, but 1 of 11.
         small, large = mixture(weights, budget).places(), mixture(weights, budget + 1).places()
         assert (large[:-1] == small).all()
 
@@ -64,7 +64,7 @@ class TestChoose:
     @settings(max_examples=40)
     @given(st.lists(weights, min_size=2, max_size=2), st.integers(1, 60), st.integers(0, 9))
     def test_more_rows_of_a_source_contain_fewer_whatever_the_others_do(self, two, budget, seed):
-        """And a share that is larger by at least two rows brings more of them."""
+        """A share that is larger by at least two rows also yields more of them."""
         chosen = []
         for weights in two:
             rows = texts([100, *[80 + len(weights)] * (len(weights) - 1)])
@@ -112,7 +112,7 @@ class TestShuffled:
 
     def test_seeds_give_other_orders_that_are_uniform(self):
         first = [shuffled(["a", "b", "c", "d"], seed)[0] for seed in range(400)]
-        assert all(65 < first.count(i) < 135 for i in range(4))  # 100 each; four standard deviations
+        assert all(65 < first.count(i) < 135 for i in range(4))  # 100 expected, plus or minus four standard deviations
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ class TestShuffled:
         ("oss=nan", 10, "'oss=nan' is not SOURCE=NUMBER"),
         ("", None, "'' is not SOURCE=NUMBER"),
         ("=3", None, "'=3' must name a source"),
-        ("oss=0", None, "'oss=0' must name a source, and more than 0"),
-        ("oss=-1,alpaca=2", 10, "more than 0 of it"),
+        ("oss=0", None, "'oss=0' must name a source and an amount of more than 0"),
+        ("oss=-1,alpaca=2", 10, "an amount of more than 0"),
         ("oss=1,oss=2", None, "names oss twice"),
-        ("oss=0.5", None, "without --budget these are numbers of rows, and must be whole"),
+        ("oss=0.5", None, "without --budget, these are row counts and must be whole"),
     ],
 )
 def test_shares_that_make_no_mixture_are_refused_in_one_line(shares, budget, said):
@@ -140,5 +140,5 @@ def test_shares_that_make_no_mixture_are_refused_in_one_line(shares, budget, sai
 def test_sources_that_are_not_there_or_too_small_are_named():
     with pytest.raises(BadInput, match="there is no source cot; --data has s0, s1"):
         Mixture.parse("s0=1,cot=1").choose(texts([5, 5]), 0)
-    with pytest.raises(BadInput, match="1,200 rows are asked of s1, which has 5"):
+    with pytest.raises(BadInput, match="needs 1,200 rows from s1, which has 5"):
         Mixture.parse("s0=1,s1=1200").choose(texts([5, 5]), 0)

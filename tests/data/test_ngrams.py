@@ -1,4 +1,4 @@
-"""Words and n-grams are those that Python's own slices give."""
+"""Words and n-grams against slices in plain Python."""
 
 import unicodedata
 

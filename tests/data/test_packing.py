@@ -53,7 +53,7 @@ def test_the_loss_is_on_the_response_and_its_end_token_by_token(characters):
     "kind", [byte_level, sentencepiece_like, lambda path: sentencepiece_like(path, metaspace=True)]
 )
 def test_prompt_and_response_have_the_tokens_of_generation(tmp_path, kind, template):
-    """Transformers is the oracle: it tokenizes the prompt alone, as when the model is asked, and decodes the rest."""
+    """Transformers is the oracle: it tokenizes the prompt alone, as for generation, and decodes the rest."""
     transformers = pytest.importorskip("transformers")
     path = kind(tmp_path / "checkpoint")
     ours, theirs = Tokenizer.load(path), transformers.AutoTokenizer.from_pretrained(path)
@@ -69,13 +69,13 @@ def test_prompt_and_response_have_the_tokens_of_generation(tmp_path, kind, templ
         for (_, ids), response in zip(runs[1::2], (row.response, *(said for _, said in row.turns)), strict=True):
             assert theirs.convert_ids_to_tokens(ids)[-1] == end
             around = " " if template == "llama2" else ""
-            # Decoded behind a token that ends with no space, so that the first space of the response is kept.
+            # Decoded after a token that does not end with a space, which keeps the first space of the response.
             before = theirs("x", add_special_tokens=False).input_ids
             assert theirs.decode(before + ids).removeprefix("x") == f"{around}{response}{around}{end}"
 
 
 def test_a_text_that_begins_itself_gets_no_second_beginning(tmp_path):
-    """A chat template writes the bos token or leaves it out; a named format gets what the tokenizer puts first."""
+    """A chat template decides whether to write the bos token; for a named format the tokenizer adds it."""
     tokenizer, row = Tokenizer.load(byte_level(tmp_path / "byte")), [TextRow("Who?", "The fox")]
     begin = tokenizer.token_id("<|begin|>")
     for bos, times in (("{{ bos_token }}", 1), ("", 0)):
@@ -97,7 +97,7 @@ def test_written_special_tokens_are_noticed(tmp_path):
 
 def test_rows_that_have_no_tokens(characters):
     template = make_template("plain", characters)
-    with pytest.raises(BadInput, match="x: 7: the tokenizer has no tokens for a text"):
+    with pytest.raises(BadInput, match="x: 7: the tokenizer cannot encode a text"):
         list(tokenize([ROWS[0], TextRow("ab", "z", where="x: 7")][1:], template, characters))
     with pytest.raises(BadInput, match="x: 8: the prompt is empty"):
         list(tokenize([TextRow("", "a", where="x: 8")], template, characters))
@@ -105,7 +105,7 @@ def test_rows_that_have_no_tokens(characters):
 
 @st.composite
 def examples(draw):
-    """Prompts and responses in turn; every token its own number, so that none can be taken for another."""
+    """Examples of alternating prompts and responses; all tokens are distinct, so none can be mistaken for another."""
     made, number = [], itertools.count(1)
     for i in range(draw(st.integers(1, 25))):
         runs = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=3))
@@ -120,7 +120,7 @@ def examples(draw):
 def test_nothing_is_lost_but_what_the_report_says(made, length, several):
     kept = [example for example in made if example.loss_mask[:length].any()]
     if not kept:
-        with pytest.raises(BadInput, match=f"--max_length={length}: no token of a response is left"):
+        with pytest.raises(BadInput, match=f"--max_length={length}: truncation leaves no response token"):
             pack(made, length, 0, several)
         return
     packed, report = pack(iter(made), length, 0, several)
@@ -141,7 +141,7 @@ def test_nothing_is_lost_but_what_the_report_says(made, length, several):
         assert not packed.loss_mask[row, padding].any() and not packed.positions[row, padding].any()
     expected = [(e.tokens[:length].tolist(), e.loss_mask[:length].tolist(), e.source) for e in kept]
     assert sorted(found) == sorted(expected)
-    # Rows, and the examples within each, come in the order in which the examples came.
+    # Rows, and the examples within each row, keep the order of the input.
     order = iter([expected.index(example) for example in found])
     rows = [[next(order) for _ in range(segments.max())] for segments in packed.segments]
     assert rows == sorted(map(sorted, rows))
@@ -168,13 +168,13 @@ def test_the_report_in_words_and_the_same_rows_again(characters):
     packed, report = pack(tokenize(rows, template, characters), 32, characters.pad_id)
     assert "xy"[::-1] == "".join(packed.source_names)  # in the order of their first examples
     assert report.text.splitlines() == [
-        "y: 15 examples, 382 tokens, 337 of them of responses; the longest example has 62",
-        "  cut at 32 tokens: 8 examples truncated, 0 dropped, 128 tokens of responses lost",
-        "x: 14 examples, 364 tokens, 322 of them of responses; the longest example has 60",
-        "  cut at 32 tokens: 7 examples truncated, 0 dropped, 112 tokens of responses lost",
-        "all sources: 29 examples, 746 tokens, 659 of them of responses; the longest example has 62",
-        "  cut at 32 tokens: 15 examples truncated, 0 dropped, 240 tokens of responses lost",
-        f"{len(packed.tokens)} rows of 32 tokens, {report.efficiency:.1%} filled",
+        "y: 15 examples, 382 tokens, 337 of them in responses; longest example: 62 tokens",
+        "  limit of 32 tokens: 8 examples truncated, 0 dropped, 128 response tokens lost",
+        "x: 14 examples, 364 tokens, 322 of them in responses; longest example: 60 tokens",
+        "  limit of 32 tokens: 7 examples truncated, 0 dropped, 112 response tokens lost",
+        "all sources: 29 examples, 746 tokens, 659 of them in responses; longest example: 62 tokens",
+        "  limit of 32 tokens: 15 examples truncated, 0 dropped, 240 response tokens lost",
+        f"{len(packed.tokens)} rows of 32 tokens, {report.efficiency:.1%} full",
     ]
     again, _ = pack(tokenize(rows, template, characters), 32, characters.pad_id)
     jax.tree.map(np.testing.assert_array_equal, dataclasses.astuple(packed)[:5], dataclasses.astuple(again)[:5])
@@ -189,7 +189,7 @@ def test_packing_fills_the_rows():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_packed_examples_cannot_see_each_other(characters, window):
-    """The decoder's loss of every token is the same packed as alone in a row."""
+    """The decoder's loss of every token is the same whether its example is packed or alone in a row."""
     config = dataclasses.replace(worlds.CONFIG, windows=(window, None))
     weights = worlds.weights(config)
     letters = np.random.default_rng(1)
@@ -208,13 +208,13 @@ def test_packed_examples_cannot_see_each_other(characters, window):
     for example, losses, mask in zip(made, alone_loss, alone.loss_mask, strict=True):
         (together,) = [losses for tokens, losses in found if np.array_equal(tokens, example.tokens)]
         np.testing.assert_allclose(together, losses[mask], atol=1e-5)
-    # The test would notice: without segments the losses are others.
+    # The test can detect a leak: without segments the losses differ.
     mixed = token_losses(config, weights, dataclasses.replace(packed, segments=np.minimum(packed.segments, 1)))
     assert np.abs(mixed - loss)[packed.loss_mask].max() > 1e-2
 
 
 def token_losses(config, weights, packed):
-    """float32 [N, T]: minus the log-probability of every token, predicted from the place before; 0 at place 0."""
+    """float32 [N, T]: negative log-probability of every token, predicted from the preceding ones; 0 at position 0."""
     rows = llama.Rows(packed.tokens, packed.positions, packed.segments)
     taken = _chances(config, weights, jax.tree.map(lambda leaf: jnp.asarray(np.resize(leaf, (6, 48))), rows))
     return -np.pad(np.asarray(taken), ((0, 0), (1, 0)))[: len(packed.tokens)]

@@ -7,7 +7,7 @@ from instrdiv.data.schemas import SCHEMAS, TextRow
 from instrdiv.data.sources import read_rows
 from instrdiv.runtime.errors import BadInput
 
-#: One record of every documented data set, with all the fields of its card, and what is read of it.
+#: One record of every documented data set, with all the fields of its card, and the fields of the row that we read.
 DOCUMENTED = {
     "oss_instruct": (
         {"lang": "python", "raw_index": 7, "index": 3, "seed": "def f", "openai_fingerprint": "fp_1"}
@@ -61,7 +61,7 @@ def test_documented_records_become_rows(tmp_path, schema, named):
 
 
 def test_every_kind_of_file_has_the_same_rows(tmp_path):
-    """Unicode line ends, which JSON allows within strings, end no line."""
+    """Unicode line separators, which JSON allows within strings, do not end a line."""
     records = [{"instruction": f"ask {i} é\u2028\u0085", "response": f"say {i}"} for i in range(1500)]
     parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
     plain = "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
@@ -121,15 +121,15 @@ def chat(*turns):
     return lines([{"messages": [{"role": role, "content": content} for role, content in turns]}])
 
 
-#: file name, content, schema -> what the one line says after the path.
+#: file name, content, schema -> the message after the path.
 MISTAKES = [
     ("a.jsonl", lines([PAIR, {"instruction": "x", "output": "y"}]), None,
      ": line 2: lacks the field 'response'; it has 'instruction', 'output'"),
     ("a.jsonl", lines([PAIR, PAIR | {"response": 3}]), None,
-     ": line 2: the field 'response' must be a string, is a number"),
-    ("a.jsonl", lines([PAIR | {"response": None}]), None, ": line 1: the field 'response' must be a string, is null"),
+     ": line 2: the field 'response' must be a string, got a number"),
+    ("a.jsonl", lines([PAIR | {"response": None}]), None, ": line 1: the field 'response' must be a string, got null"),
     ("a.jsonl", lines([PAIR, ["x"]]), None,
-     ": line 2: must be an object with the fields instruction, response, is a list"),
+     ": line 2: must be an object with the fields instruction, response, got a list"),
     ("a.jsonl", lines([PAIR]) + b"\n{'x': 1}\n", None, ": line 2: is not JSON: Expecting property name"),
     ("a.jsonl", lines([PAIR]) + b'\n{"instruction": "x", "resp', None, ": line 2: is not JSON: Unterminated string"),
     ("a.jsonl", lines([PAIR]) + b'\n{"instruction": "\xff"}', None, ": line 2: is not UTF-8 (byte 0xff)"),
@@ -140,35 +140,35 @@ MISTAKES = [
     ("a.json", b"[\n" + lines([PAIR]) + b",\n{1}]", None, ": row 2, line 3: is not JSON: Expecting property name"),
     ("a.json", b"[" + lines([PAIR]), None, ": row 1, line 1: is not JSON: Expecting ',' or ']'"),
     ("a.json", b"[" + lines([PAIR]) + b",]", None, ": row 2, line 1: is not JSON: Expecting value, at "),
-    ("a.json", b"[" + lines([PAIR]) + b"] more", None, ": is not JSON: something follows the last ']'"),
+    ("a.json", b"[" + lines([PAIR]) + b"] more", None, ": is not JSON: extra data after the closing ']'"),
     ("a.json", b"[\n\n\xe9]", None, ": line 3: is not UTF-8 (byte 0xe9)"),
     ("a.json", b'{"0": ' + lines([PAIR]) + b',\n "1" ' + lines([PAIR]) + b"}", None,
      ": row 2, line 2: is not JSON: Expecting ':' delimiter"),
     ("a.json", b'{\n "version": 1,\n "rows": []\n}', None,
-     ": is no list of records, no object of them, and no JSON lines"),
-    ("a.json", b'{"version": 1, "rows": []}', None, ": line 1: has the fields version, rows; known schemas are "),
+     ": must be a list of records, an object of records, or JSON lines"),
+    ("a.json", b'{"version": 1, "rows": []}', None, ": line 1: has the fields version, rows; known schemas: "),
     ("a.jsonl.gz", b"plain", None, ": cannot be read: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(lines([PAIR] * 99))[:-9], None, ": cannot be read: "),
-    ("a.csv", b"x,y", None, ": is of no known kind; data files end in .jsonl, "),
+    ("a.csv", b"x,y", None, ": unsupported file type; supported are .jsonl, "),
     ("a.jsonl", lines([{"text": "x", "n": 1}]), None,
-     ": line 1: has the fields text, n; known schemas are oss_instruct"),
+     ": line 1: has the fields text, n; known schemas: oss_instruct"),
     ("a.jsonl", lines([PAIR | {"input": "", "output": "y"}]), None,
-     ": line 1: has the fields instruction, response, input, output, which fit alpaca and pairs; name one"),
-    ("a.jsonl", lines([PAIR]), "alpaka", ": the schema 'alpaka' is not known; schemas are oss_instruct, alpaca"),
+     ": line 1: has the fields instruction, response, input, output, which match alpaca and pairs; choose one"),
+    ("a.jsonl", lines([PAIR]), "alpaka", ": unknown schema 'alpaka'; use one of oss_instruct, alpaca"),
     ("a.jsonl", lines([PAIR]), "instruction=x", ": the schema 'instruction=x' must name both instruction and response"),
-    ("a.jsonl", lines([PAIR]), "instruction=x,instruction=y", "' is not known; schemas are"),
+    ("a.jsonl", lines([PAIR]), "instruction=x,instruction=y", "unknown schema 'instruction=x,inst"),
     ("a.jsonl", lines([PAIR]), "instruction=x,messages=y",
      "must name both instruction and response, or messages alone"),
-    ("a.jsonl", lines([{"messages": "Hi"}]), None, ": the field 'messages' must be a list of messages, is a string"),
+    ("a.jsonl", lines([{"messages": "Hi"}]), None, ": the field 'messages' must be a list of messages, got a string"),
     ("a.jsonl", lines([{"messages": []}]), None,
-     ": the field 'messages' must end with a message of the role 'assistant'"),
-    ("a.jsonl", chat(("user", "Hi")), None, " must end with a message of the role 'assistant'"),
-    ("a.jsonl", chat(("user", "Hi"), ("tool", "x")), None, ", message 2 must be of the role 'assistant', is of 'tool'"),
+     ": the field 'messages' must end with an 'assistant' message"),
+    ("a.jsonl", chat(("user", "Hi")), None, " must end with an 'assistant' message"),
+    ("a.jsonl", chat(("user", "Hi"), ("tool", "x")), None, ", message 2 must have the role 'assistant', got 'tool'"),
     ("a.jsonl", chat(("user", "Hi"), ("system", "x")), None,
-     ", message 2 must be of the role 'assistant', is of 'system'"),
-    ("a.jsonl", chat(("user", "Hi"), ("assistant", "")), None, ", message 2 is empty; give it a text"),
-    ("a.jsonl", chat(("user", ["Hi"]), ("assistant", "x")), None, ", message 1: 'content' must be a string, is a list"),
-    ("a.jsonl", lines([{"messages": ["Hi"]}]), None, ", message 1 must have 'role' and 'content', is a string"),
+     ", message 2 must have the role 'assistant', got 'system'"),
+    ("a.jsonl", chat(("user", "Hi"), ("assistant", "")), None, ", message 2 is empty; fill it in"),
+    ("a.jsonl", chat(("user", ["Hi"]), ("assistant", "x")), None, " 1: 'content' must be a string, got a list"),
+    ("a.jsonl", lines([{"messages": ["Hi"]}]), None, " 1 must be an object with 'role' and 'content', got a string"),
 ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_the_hub(monkeypatch):
-    """The loader itself is the ``datasets`` library's; without a network, what it says is one line."""
+    """Loading is left to the ``datasets`` library, which is mocked here; its errors become one line."""
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -217,5 +217,5 @@ def test_the_hub(monkeypatch):
 def test_half_a_character_is_refused_where_it_is_read(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a", "response": "\\ud800"}\n')
-    with pytest.raises(BadInput, match=r"mine\.jsonl: line 2: half of a character"):
+    with pytest.raises(BadInput, match=r"mine\.jsonl: line 2: contains half of a character"):
         list(read_rows(path))

@@ -19,7 +19,7 @@ MAGICODER = (
     "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
     "to user instructions.\n\n@@ Instruction\n"
 )
-#: Written out by hand from the repositories named in the module. <<...>> is where the loss is.
+#: Written by hand from the repositories named in the module. <<...>> marks the text with loss.
 WRITTEN = {
     "plain": ("Add {2} and 3.<<It is 5.<|end|>>>", "Be brief.\n\nAdd.\n\n2 and 3<<5<|end|>>>Why?<<So.<|end|>>>"),
     "alpaca": (
@@ -44,7 +44,7 @@ WRITTEN = {
         "<|begin|>[INST] Why? [/INST]<< So. <|end|>>>",
     ),
 }
-#: Chat templates as checkpoints have them: Llama 2 and Mistral, ChatML with a default system prompt, Llama 3.
+#: Chat templates as found in checkpoints: Llama 2 and Mistral, ChatML with a default system prompt, Llama 3.
 CHATS = {
     "llama2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
     "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
@@ -93,7 +93,7 @@ def test_named_templates_are_as_they_are_documented(name, tokenizer):
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("in_file", [False, True])
 def test_chat_templates_are_rendered_as_transformers_does(name, in_file, tmp_path):
-    """Also the tokens, where no token would cross from the prompt into the response."""
+    """The tokens agree, too, where no token spans prompt and response."""
     transformers = pytest.importorskip("transformers")
     path = byte_level(tmp_path / "checkpoint", **({} if in_file else {"chat_template": CHATS[name]}))
     if in_file:
@@ -115,7 +115,7 @@ def test_chat_templates_are_rendered_as_transformers_does(name, in_file, tmp_pat
         assert ids == theirs.apply_chat_template(messages, return_dict=False)[: len(ids)]
         first = messages[: 1 + bool(row.system)]
         assert template.prompt(row) == theirs.apply_chat_template(first, tokenize=False, add_generation_prompt=True)
-        # The loss is on the responses with their end tokens, and on nothing else.
+        # The loss is on the responses and their end tokens only.
         end = "<|im_end|>" if name == "qwen" else "<|end|>"
         learned = [piece.text.strip() for piece in pieces if piece.loss]
         space = " " if name == "llama2" else ""
@@ -123,7 +123,7 @@ def test_chat_templates_are_rendered_as_transformers_does(name, in_file, tmp_pat
 
 
 def test_the_marks_of_the_template_itself_are_where_the_loss_is(tokenizer):
-    """Transformers finds the responses by ``{% generation %}``; we, by what the template renders of fewer turns."""
+    """Transformers finds the responses by ``{% generation %}``; we find them by rendering fewer turns."""
     chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
     messages = [{"role": "user", "content": "Add.\n\n2 and 3"}, {"role": "assistant", "content": "5"},
                 {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]  # fmt: skip
@@ -158,7 +158,7 @@ def mistake(which, tokenizer, row=PLAIN):
 
 def test_templates_that_cannot_be(tokenizer, tmp_path):
     assert mistake("alpacca", tokenizer).startswith("--template=alpacca: must be plain, alpaca, ")
-    none = f"--template=chat: {tokenizer.path} has no chat template; named ones are plain, alpaca, magicoder, chatml, "
+    none = f"--template=chat: {tokenizer.path} has no chat template; use one of plain, alpaca, magicoder, chatml, "
     assert mistake("chat", tokenizer).startswith(none)
     other = Tokenizer.load(sentencepiece_like(tmp_path / "piece"))
     assert "needs the special token <|im_start|>, which" in mistake("chatml", other)
@@ -171,14 +171,14 @@ def test_templates_that_cannot_be(tokenizer, tmp_path):
 
 def test_rows_that_a_chat_template_cannot_express(tokenizer, tmp_path):
     for source, part in [
-        ("{% for m in messages %}", "line 1: is no Jinja template: Unexpected end of template"),
-        ("{{ raise_exception('no system role') }}", "a.jsonl: line 2: {path} cannot render it: no system role"),
-        ("{{ messages[0].content + 1 }}", "a.jsonl: line 2: {path} cannot render it: can only concatenate str"),
-        ("{{ strftime_now('%d') }}", "cannot render it: 'strftime_now' is undefined"),
-        ("{{ messages.append(1) }}", "cannot render it: access to attribute 'append'"),
-        ("{{ ''.__class__.__mro__ }}", "cannot render it: access to attribute '__class__'"),
-        ("{{ messages[-1].content }}<|end|>", "rewrites or leaves out what came before turn 3"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends the response of turn 3 with no special token"),
+        ("{% for m in messages %}", "line 1: is not a valid Jinja template: Unexpected end of template"),
+        ("{{ raise_exception('no system role') }}", "a.jsonl: line 2: {path} cannot render this row: no system role"),
+        ("{{ messages[0].content + 1 }}", "a.jsonl: line 2: {path} cannot render this row: can only concatenate str"),
+        ("{{ strftime_now('%d') }}", "cannot render this row: 'strftime_now' is undefined"),
+        ("{{ messages.append(1) }}", "cannot render this row: access to attribute 'append'"),
+        ("{{ ''.__class__.__mro__ }}", "cannot render this row: access to attribute '__class__'"),
+        ("{{ messages[-1].content }}<|end|>", "changes or omits the text before turn 3"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not end the response of turn 3 with a special"),
     ]:
         path = tmp_path / "own.jinja"
         path.write_text(source)

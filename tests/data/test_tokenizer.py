@@ -46,7 +46,7 @@ def test_tokens_are_those_of_transformers(made):
 
 
 def test_llama_s_own_class_agrees_but_for_what_is_said(tmp_path):
-    """Transformers 5 rebuilds it from the vocabulary; the header of the module names the texts that differ."""
+    """Transformers 5 rebuilds the tokenizer from the vocabulary; the module's docstring names the texts that differ."""
     transformers = pytest.importorskip("transformers")
     path = sentencepiece_like(tmp_path / "llama2", tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True)
     (path / "config.json").write_text('{"model_type": "llama"}')
@@ -65,14 +65,14 @@ def test_pieces_are_the_text_and_only_the_first_is_a_beginning(made):
     assert (tokenizer.decode(ids[0]) + tokenizer.decode(whole[len(ids[0]) :], start=False)).endswith("".join(pieces))
     for piece, tokens in zip(pieces[1:], ids[1:], strict=True):
         assert tokenizer.decode(tokens, start=False) == piece
-    # Without what the tokenizer puts before a text; and nothing but that is before it.
+    # Without the tokens that the tokenizer puts at the start of a text; nothing else changes.
     (bare,) = tokenizer.encode_pieces([pieces], start=False)
     assert tokenizer.decode(token for piece in bare for token in piece) == "".join(pieces)
     assert bare[1:] == ids[1:] and bare[0] == tokenizer.encode(pieces[0], special_tokens=False)
 
 
 def test_where_nothing_merges_pieces_have_the_tokens_of_the_whole_text(made):
-    """A word behind a line end, which is a token of its own in all of these, and a word with its space."""
+    """A word after a line end, which is a separate token in all of these, and a word with its leading space."""
     tokenizer = Tokenizer.load(made)
     for pieces in (["### Response:\n", "the answer", " is 3"], ["[INST] the user [/INST]", " the answer </s>"]):
         ids = [token for piece in tokenizer.encode_pieces([pieces], start=False)[0] for token in piece]
@@ -80,7 +80,7 @@ def test_where_nothing_merges_pieces_have_the_tokens_of_the_whole_text(made):
 
 
 def test_no_token_is_half_prompt_half_response(tmp_path):
-    """A whole text would have one token for the four line ends; of the pieces, each has its own."""
+    """The whole text would have one token for the four line ends; each piece has its own tokens instead."""
     tokenizer = Tokenizer.load(byte_level(tmp_path / "byte"))
     ids = tokenizer.encode_pieces([["b\n\n", "\n\nprint"]])[0]
     assert ids[0] == tokenizer.encode("b\n\n")
@@ -89,7 +89,7 @@ def test_no_token_is_half_prompt_half_response(tmp_path):
 
 
 def test_behind_a_special_token_a_piece_is_as_the_file_has_it(tmp_path):
-    """Llama 2 begins every turn anew: ``▁[INST]`` follows ``<s>`` within the conversation as at its beginning."""
+    """In Llama 2's format, ``▁[INST]`` follows ``<s>`` in later turns just as at the start of the conversation."""
     tokenizer = Tokenizer.load(sentencepiece_like(tmp_path / "llama2"))
     turn = tokenizer.encode("[INST] the user [/INST]", special_tokens=False)
     ids = tokenizer.encode_pieces([["[INST] the user [/INST]", " answer </s>", "<s>[INST] the user [/INST]"]])[0]
@@ -120,7 +120,7 @@ def test_the_map_of_special_tokens_is_read_where_the_configuration_is_older(tmp_
 
 
 def test_a_named_token_of_the_vocabulary_is_one_token_in_a_text(tmp_path):
-    """Also where tokenizer.json does not list it among the special ones; Transformers adds it there."""
+    """Even if tokenizer.json does not list it as a special token; Transformers adds it to them."""
     transformers = pytest.importorskip("transformers")
     path = sentencepiece_like(tmp_path / "piece")
     said = json.loads((path / "tokenizer.json").read_text())
@@ -139,7 +139,7 @@ def test_a_tokenizer_of_characters(tmp_path):
     assert tokenizer.decode([2, 3, 5, 6, 4, 1]) == "ab#\nc</s>"
     assert tokenizer.encode_pieces([["ab#", "c</s>"]]) == [[[2, 3, 5], [4, 1]]]
     assert (tokenizer.vocab_size, tokenizer.end_ids, tokenizer.pad_id) == (7, (1,), 0)
-    with pytest.raises(BadInput, match="the tokenizer has no tokens for a text"):
+    with pytest.raises(BadInput, match="the tokenizer cannot encode a text"):
         tokenizer.encode("abz")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

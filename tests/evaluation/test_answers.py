@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,14 +49,18 @@ def merged(weights, adapter, scale):
     return weights | {"layers": layers}
 
 
+@jax.jit
+def logits_of(model, rows):
+    return llama.logits(model, llama.hidden(model, rows)[0])
+
+
 def by_hand(config, weights, tokenizer, prompt):
     """Greedy decoding without a cache, a batch or padding."""
     ids, said = tokenizer.encode(prompt), []
     for _ in range(NEW_TOKENS):
         row = np.array([ids + said], np.int32)
         rows = llama.Rows(row, np.arange(row.shape[1], dtype=np.int32)[None], np.ones_like(row))
-        x, _ = llama.hidden(Model(config, weights), rows)
-        token = int(llama.logits(Model(config, weights), x)[0, -1].argmax())
+        token = int(logits_of(Model(config, weights), rows)[0, -1].argmax())
         if token in tokenizer.end_ids:
             break
         said.append(token)
@@ -81,7 +86,7 @@ def test_each_member_answers_its_own_tests(tokenizer, devices, data_parallel):
         for lora, adapter, rows in zip(loras, adapters, tests, strict=True)
     ]
     assert found == expected
-    assert len({tuple(of_member) for of_member in found}) == 3, "the members do differ"
+    assert len({tuple(of_member) for of_member in found}) == 3, "the members must differ"
     (base,) = answers(model, tokenizer, make_template("plain", tokenizer), [own], NEW_TOKENS, mesh)
     assert base == [by_hand(config, weights, tokenizer, row.instruction) for row in own]
     assert base != found[1]

@@ -1,4 +1,4 @@
-"""Held-out rows: which they are, and the losses on them, by hand from the logits."""
+"""Held-out rows: how they are chosen, and the losses on them against losses computed by hand from the logits."""
 
 import dataclasses
 import hashlib
@@ -47,12 +47,12 @@ def test_more_held_out_rows_contain_fewer_and_other_sources_do_not_matter():
 
 
 def test_a_source_must_have_something_left():
-    with pytest.raises(BadInput, match="--held_out=12: b has 12 rows once cleaned, and some must be left"):
+    with pytest.raises(BadInput, match="--held_out=12: b has 12 rows after cleaning, and some must be left"):
         hold_out({"a": rows("a", 30), "b": rows("b", 12)}, 12)
 
 
 def by_hand(data, weights):
-    """Mean loss a source: every example alone, without padding."""
+    """Mean loss and number of tokens per source: every example alone, without padding."""
     found = [[] for _ in data.source_names]
     for row in range(len(data.tokens)):
         for segment in range(1, data.segments[row].max() + 1):
@@ -70,7 +70,7 @@ LORAS = (Lora(2, 4.0, ("q_proj", "down_proj")), Lora(1, 8.0, ("v_proj",)), Lora(
 
 
 def adapters():
-    """Adapters that do something: of a trained shape, but random."""
+    """Random adapters with an effect, of the shapes used in training."""
     rng = np.random.default_rng(3)
     blank = jax.device_get(lora.init_adapters(worlds.CONFIG, LORAS, np.arange(3, dtype=np.uint32)))
     own = [
@@ -82,7 +82,7 @@ def adapters():
 
 @pytest.mark.parametrize("devices, data_parallel", [(1, 1), (4, 2)])
 def test_losses_of_members_and_base_are_those_by_hand(devices, data_parallel):
-    weights, data = worlds.weights(), worlds.packed(rows=5)  # which no batch divides
+    weights, data = worlds.weights(), worlds.packed(rows=5)  # not a multiple of the batch size
     mesh = make_mesh(devices, data_parallel)
     placed = jax.device_put(weights, jax.NamedSharding(mesh, jax.P()))
     own, stacked = adapters()

@@ -13,7 +13,7 @@ from instrdiv.launch.figure import Figure
 from instrdiv.launch.flags import STOPPED
 from instrdiv.runtime.interruption import Interrupted
 from instrdiv.runtime.tables import read_table
-from tests.experiments.test_launchers import ROOT, command
+from tests.commands import ROOT, command
 from tests.reports.test_report import Page
 
 QUESTIONS = {"first": "What is first?", "second": "What is second?", "third": "What is third?"}
@@ -60,7 +60,7 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, capfd):
 
 
 def test_one_that_was_stopped_stops_the_others_and_has_not_failed(tmp_path):
-    with pytest.raises(Interrupted, match=r"second \(2 of 3\)\. The same command goes on"):
+    with pytest.raises(Interrupted, match=r"second \(2 of 3\)\. Rerun the same command"):
         everything.run_all(make_commands(tmp_path, second=f"sys.exit({STOPPED})"), QUESTIONS, tmp_path)
     assert ran(tmp_path) == ["first", "second"] and not list(tmp_path.glob("*.log"))
     assert (tmp_path / "index.html").exists()
@@ -93,6 +93,7 @@ def test_a_mistake_is_one_clear_line(flags, parts, tmp_path):
     assert line.startswith("error: ") and all(part in line for part in parts)
 
 
+@pytest.mark.thorough
 def test_smoke_of_everything(tmp_path):
     """All figures, one that fails among them: its directory holds something else."""
     directory, (*works, fails) = tmp_path / "all", everything.FIGURES
@@ -109,7 +110,7 @@ def test_smoke_of_everything(tmp_path):
     ]  # fmt: skip
     (directory / fails / "thesis.tex").unlink()
     again = command("experiments.all", "--preset=smoke", f"--run_dir={directory}")
-    assert again.returncode == 0 and again.stderr == "" and again.stdout.count("finished earlier") == len(works)
+    assert again.returncode == 0 and again.stderr == "" and again.stdout.count("already finished") == len(works)
     assert "(1 of " not in again.stdout, "tests of a figure's own are not made twice"
     for name in everything.FIGURES:
         assert (directory / name / "report.html").exists() and (directory / name / "figure.pdf").exists()

@@ -12,7 +12,7 @@ from instrdiv.data.embedding import Embedder
 from instrdiv.data.schemas import TextRow
 from instrdiv.reports import diversity_report
 from instrdiv.runtime.files import write_json
-from tests.experiments.test_launchers import command
+from tests.commands import command
 from tests.reports.test_report import EVIL, Page
 
 MODULE = "experiments.diversity_report"
@@ -90,7 +90,7 @@ class TestMixture:
         said = json.loads((run_dir / "provenance.json").read_text())
         assert said["asked"]["data"] == {"a": "41 rows", "many": "61 rows"}
         assert said["asked"]["mixture"] == {"a": "20 rows", "many": "30 rows"}
-        assert said["asked"]["rows that ask or answer nothing"] == "1, left out"
+        assert said["asked"]["empty rows skipped"] == "1"
         assert all(digest.startswith("SHA-256 ") for digest in said["files"].values()) and len(said["files"]) == 3
 
     def test_leaves_a_picture_and_a_page_that_needs_nothing_else(self, mixture):
@@ -106,7 +106,7 @@ class TestMixture:
     def test_is_not_overwritten_unasked_and_comes_out_the_same(self, mixture):
         run_dir, _, flags = mixture
         again = command(MODULE, *flags)
-        assert again.returncode == 2 and "holds a report" in again.stderr and again.stderr.count("\n") == 1
+        assert again.returncode == 2 and "already holds a report" in again.stderr and again.stderr.count("\n") == 1
         tables = {name: (run_dir / name).read_bytes() for name in diversity_report.FILES}
         assert command(MODULE, *flags, "--overwrite").returncode == 0
         assert tables == {name: (run_dir / name).read_bytes() for name in diversity_report.FILES}
@@ -134,13 +134,13 @@ def test_names_and_texts_come_out_as_text(tmp_path):
         ([], "--data=FILE,…: name the files"),
         (["--data={few}", "--budget=5"], "--budget=5: has no effect without --shares"),
         (["--data={few}", "--embedder=bert"], "--embedder=bert: must be hashed"),
-        (["--data=all={few}"], "all stands for all sources"),
-        (["--data={few},{few}"], "few is the name of two files; name it otherwise, NAME="),
+        (["--data=all={few}"], "all is reserved for all sources together"),
+        (["--data={few},{few}"], "few is the name of two files; use another name, NAME="),
         (["--data={many}"], "line 62: the field 'output' is empty"),
         (["--data={few}", "--against={evaluation}", "--against_field=text"], "lacks the field 'text'; it has 'prompt'"),
         (
             ["--data={many}", "--drop_empty", "--duplicates=exact", "--shares=many=61"],
-            "61 rows are asked of many, which has 60",
+            "needs 61 rows from many, which has 60",
         ),
         (["--data={few}", "--run_dir={directory}"], "holds something else"),
     ],

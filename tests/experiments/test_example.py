@@ -23,6 +23,7 @@ def source(cell):
     return "".join(cell["source"])
 
 
+@pytest.mark.thorough
 def test_the_cells_run(cells, monkeypatch, capsys):
     """In plain Python, in order; only the base setting is smaller."""
     tiny = dataclasses.replace(TINY, instructions=16, examples=4096, epochs=8 / 4096, reports=1, warmup_steps=0)

@@ -24,7 +24,9 @@ from instrdiv.config.settings import Member
 from instrdiv.runtime.tables import read_table
 from instrdiv.tasks.strings.rewriting import Rewriting
 from instrdiv.tasks.task import Task
-from tests.experiments.test_launchers import ENVIRONMENT, ROOT
+from tests.commands import ENVIRONMENT, ROOT
+
+pytestmark = pytest.mark.thorough
 
 GUIDE = ROOT / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -301,7 +303,7 @@ class TestTask:
 
     def test_without_its_file_the_run_says_what_is_missing(self, done):
         status, _, err = done[LOST]
-        assert status == 2 and "names the task sorting" in err and "--task=FILE.py" in err
+        assert status == 2 and "uses the task sorting" in err and "--task=FILE.py" in err
 
 
 class TestJsonLines:

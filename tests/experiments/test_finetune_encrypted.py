@@ -9,7 +9,7 @@ import pytest
 from experiments import finetune_encrypted as launcher
 from instrdiv.launch.finetuning import launch_finetuning
 from instrdiv.tasks.encrypted import KEPT
-from tests.experiments.test_launchers import command
+from tests.commands import command
 
 MODULE = "experiments.finetune_encrypted"
 SMOKE = (MODULE, "--preset=smoke")
@@ -19,7 +19,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     run_dir = tmp_path / "run"
     first = command(*SMOKE, f"--run_dir={run_dir}")
     assert first.returncode == 0 and "Traceback" not in first.stderr, first.stderr
-    assert "verdict: none" in first.stdout and "examples/s" in first.stderr
+    assert "Not judged" in first.stdout and "examples/s" in first.stderr
     names = {path.name for path in run_dir.iterdir()}
     assert {"results.csv", "metrics.csv", "timings.csv", "base.csv", "samples.csv", "figure.png", "figure.pdf",
             "report.html", "config.json", "provenance.json", "adapters"} <= names  # fmt: skip
@@ -67,14 +67,14 @@ def test_a_run_of_an_earlier_version_is_resumed_and_read_back(tmp_path):
     flags = ("--config.instructions=4", "--config.kept=all", "--tests=8", "--checkpoint_minutes=0")
     resumed = command(*SMOKE, *flags, f"--run_dir={run_dir}")
     assert resumed.returncode == 0, resumed.stderr
-    assert "goes on from step 2" in resumed.stderr and "training the base" not in resumed.stderr
+    assert "resuming from step 2" in resumed.stderr and "training the base" not in resumed.stderr
     for name in ("metrics", "source_losses", "results", "base", "samples"):
         assert cells(run_dir / f"{name}.csv") == cells(FIXTURES / "encrypted" / f"{name}.csv"), name
     assert (run_dir / "config.json").read_bytes() == (FIXTURES / "encrypted" / "config.json").read_bytes()
     (member,) = {path.name for path in (run_dir / "adapters").iterdir()}
     assert (FIXTURES / "encrypted" / "adapters" / member).is_dir()
     again = command(*SMOKE, *flags, f"--run_dir={run_dir}")
-    assert again.returncode == 0 and "read back" in again.stderr and "testing" not in again.stderr, again.stderr
+    assert again.returncode == 0 and "already finished" in again.stderr and "testing" not in again.stderr, again.stderr
 
 
 def test_it_is_launched_in_this_process_twice_with_other_flags(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_it_is_launched_in_this_process_twice_with_other_flags(tmp_path, capsys)
         assert f"1 adapters of rank {rank}" in capsys.readouterr().out
     assert launch_finetuning(launcher.FINETUNING, [*flags, "--rank=2", "--config.rank=3"]) == 2
     said = capsys.readouterr().err
-    assert said == "error: --rank and --config.rank: are two names of one flag; give one of them\n"
+    assert said == "error: --rank and --config.rank: are two names for the same flag; give only one\n"
     assert launch_finetuning(launcher.FINETUNING, ["--help"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("P1 (arXiv 2402.10891) section 5") and "--config.kept" in said and "--rank" in said
@@ -105,9 +105,9 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(tmp_path):
         (("--preset=paper",), ["--preset=paper: needs --base=DIR"]),
         (("--preset=smoke", "--base=nowhere"), ["nowhere: there is no such file; a checkpoint is a directory"]),
         (("--preset=smoke", "--rank=0"), ["--rank=0", "at least 1"]),
-        (("--preset=smoke", "--targets=q_proj,w_proj"), ["--targets=q_proj,w_proj: w_proj is no linear layer"]),
+        (("--preset=smoke", "--targets=q_proj,w_proj"), ["--targets=q_proj,w_proj: w_proj is not a linear layer"]),
         (("--preset=smoke", "--config.kept=all,third"), ["config.kept", "half_uneven"]),
-        (("--preset=smoke", "--config.kept=all,all"), ["--config.kept=all,all: names a value twice"]),
+        (("--preset=smoke", "--config.kept=all,all"), ["--config.kept=all,all: lists all twice"]),
         (("--preset=smoke", "--config.instructions=65"), ["--config.instructions=65", "--config.examples=64"]),
         (("--preset=smoke", "--config.keys=12"), ["--config.keys=12: must be from 1 to 11"]),
         (("--preset=smoke", "--config.alphabet_size=63"), ["--config.alphabet_size=63"]),
@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line(tmp_path, flags, words):
 
 
 def rows(curves, diverged=()):
-    """results.csv of curves: kept -> number of rules -> a value a seed."""
+    """results.csv of curves: kept -> number of rules -> one value per seed."""
     found = []
     for kept, curve in curves.items():
         for instructions, values in curve.items():

@@ -17,7 +17,7 @@ from instrdiv.models.weights import read_weights, write_weights
 from instrdiv.training.pretraining import SmallBase, random_weights
 from instrdiv.training.recipe import Recipe
 from tests import adapters as worlds
-from tests.experiments.test_launchers import command
+from tests.commands import command
 
 MODULE = "experiments.finetune_mixtures"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz 0123456789\n"
@@ -116,7 +116,7 @@ def test_it_leaves_tables_picture_page_and_adapters(finished):
         assert float(row["less_than_base"]) == pytest.approx(base[row["source"]] - float(row["loss"]), abs=1e-9)
     trained = [row for row in results if f"{row['source']}=" in row["mixture"]]
     assert all(float(row["less_than_base"]) > 0.01 for row in trained), "what is trained on is learned"
-    assert "verdict: none" in done.stdout and "held-out loss of the base" in done.stdout
+    assert "Not judged" in done.stdout and "held-out loss of the base" in done.stdout
     page = (run_dir / "report.html").read_text()
     assert "data:image/png" in page and "<script" not in page and f"experiments.{run_dir.name}" not in page
     assert "python -m experiments.finetune_mixtures" in page and "oss=12, alpaca=6" in page
@@ -234,22 +234,22 @@ def test_mistakes_are_one_line_and_leave_nothing(world, finished, capsys):
         ((known[0], *known[2:]), ["--data: must be given"]),
         (flags(world, mixtures=()), ["--mixtures: must be given"]),
         (flags(world, mixtures=("cot=4",)), ["--mixtures: there is no source cot; --data has oss, alpaca"]),
-        (flags(world, mixtures=("oss=24",)), ["--mixtures=oss=24: 24 rows", "has 23 left of 30", "the 5 held out"]),
-        (flags(world, mixtures=("oss=99",)), ["99 rows are asked of oss: 30"]),
+        (flags(world, mixtures=("oss=24",)), ["--mixtures=oss=24: needs 24 rows", "has 23 of 30 left", "out 5"]),
+        (flags(world, mixtures=("oss=99",)), ["needs 99 rows from oss, with 30 in all"]),
         (flags(world, mixtures=("oss=0.5",)), ["--mixtures=oss=0.5: without --budget"]),
         (flags(world, mixtures=("oss",)), ["--mixtures=oss: 'oss' is not SOURCE=NUMBER"]),
-        (flags(world, mixtures=("oss=4", "oss=4")), ["--mixtures=oss=4: is named twice"]),
-        (flags(world, "--held_out=20"), ["--held_out=20: alpaca has 20 rows once cleaned"]),
+        (flags(world, mixtures=("oss=4", "oss=4")), ["--mixtures=oss=4: is given twice"]),
+        (flags(world, "--held_out=20"), ["--held_out=20: alpaca has 20 rows after cleaning"]),
         (flags(world, f"--base={world / 'nowhere'}"), [f"{world / 'nowhere'}", "there is no such file"]),
         (flags(world, "--data=oss=nowhere.jsonl"), ["nowhere.jsonl: there is no such file"]),
         (flags(world, f"--data=oss={world / 'bare.jsonl'}"), ["bare.jsonl: line 2: lacks the field 'solution'"]),
         (flags(world, "--template=rhyme"), ["--template=rhyme: must be"]),
         (flags(world, "--max_length=2"), ["--max_length=2"]),
         (flags(world, "--epochs=2", "--config.steps=3"), ["--epochs=2: give this or --config.steps=3, not both"]),
-        (flags(world, "--targets=w_proj"), ["--targets=w_proj: w_proj is no linear layer"]),
+        (flags(world, "--targets=w_proj"), ["--targets=w_proj: w_proj is not a linear layer"]),
         (flags(world, "--config.microbatch_size=3"), ["--config.microbatch_size=3: must divide"]),
         (flags(world, "--preset=smoke", "--data=x", mixtures=()), ["--mixtures: must be given"]),
-        (flags(world, "--epochs=9", f"--run_dir={finished[0]}"), ["holds another run", "recipe.steps"]),
+        (flags(world, "--epochs=9", f"--run_dir={finished[0]}"), ["already contains a different run", "recipe.steps"]),
     ]  # fmt: skip
     run_dir, said = world / "mistaken", []
     for arguments, _ in cases:
@@ -264,5 +264,5 @@ def test_smoke_needs_nothing_and_a_dry_run_writes_nothing(tmp_path):
     done = command(MODULE, "--preset=smoke", "--dry_run", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "plain=48,encrypted=16: 64 examples" in done.stdout and "4 adapters of rank 4" in done.stdout
-    assert "training: about 0:00:" in done.stdout and "GB a device" in done.stdout
+    assert "training: about 0:00:" in done.stdout and "GB per device" in done.stdout
     assert not list(tmp_path.iterdir())

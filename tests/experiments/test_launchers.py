@@ -1,29 +1,18 @@
 """The commands as a user types them: smoke runs, dry runs, data, and one clear line for every mistake."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from instrdiv.launch import figure as launcher
 from instrdiv.runtime.errors import BadInput
+from tests.commands import ENVIRONMENT, ROOT, command
 from tests.worlds import tiny
 
-ROOT = Path(__file__).parents[2]
 FIG2A = "experiments.fig2a_instruction_count"
-
-
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
-ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
-
-
-def command(module, *flags, cwd=None):
-    arguments = [sys.executable, "-m", module, *flags]
-    return subprocess.run(arguments, cwd=cwd or ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
@@ -32,7 +21,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert first.returncode == 0, first.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"figure.png", "figure.pdf", "results.csv", "metrics.csv", "provenance.json", "config.json"} <= names
-    assert "verdict: none" in first.stdout and "examples/s" in first.stderr and "Traceback" not in first.stderr
+    assert "Not judged" in first.stdout and "examples/s" in first.stderr and "Traceback" not in first.stderr
     results = (tmp_path / "run" / "results.csv").read_bytes()
     (tmp_path / "run" / "figure.png").unlink()
     again = command(FIG2A, *flags)
@@ -40,7 +29,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert (tmp_path / "run" / "results.csv").read_bytes() == results and "step" not in again.stderr
 
 
-def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_goes_on(tmp_path):
+def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_resumes(tmp_path):
     flags = ("--preset=smoke", "--config.epochs=200", "--config.reports=40", f"--run_dir={tmp_path / 'run'}")
     arguments = [sys.executable, "-m", FIG2A, *flags]
     running = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -50,10 +39,10 @@ def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_goes_on(tm
             break
     *_, said = running.stderr.read().splitlines()
     assert running.wait() == launcher.STOPPED == 75
-    found = re.fullmatch(r"stopped and saved: group g0, step (\d+) of 3200. The same command goes on from there", said)
+    found = re.fullmatch(r"Checkpoint saved at group g0, step (\d+) of 3200. Rerun the same command to resume.", said)
     assert found and 0 < int(found[1]) < 3200, said
     again = command(FIG2A, *flags)
-    assert again.returncode == 0 and f"group g0: goes on from step {found[1]}" in again.stderr
+    assert again.returncode == 0 and f"group g0: resuming from step {found[1]}" in again.stderr
     assert (tmp_path / "run" / "report.html").exists()
 
 

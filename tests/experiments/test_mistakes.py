@@ -8,7 +8,8 @@ from instrdiv.config.layout import Options
 from instrdiv.config.sweep import Sweep
 from instrdiv.runs.run import run
 from instrdiv.runs.saved import SavedRun
-from tests.experiments.test_launchers import FIG2A, command
+from tests.commands import command
+from tests.experiments.test_launchers import FIG2A
 from tests.worlds import TINY
 
 EVALUATE, EXPORT, SHOW = "experiments.evaluate", "experiments.export", "experiments.show_data"
@@ -59,7 +60,7 @@ MISTAKES = [
     ((*SMOKE, "--run_dir={file}/run"), ["--run_dir=", "is a file"]),
     ((*SMOKE, "--run_dir=" + "x" * 300), ["--run_dir="]),
     ((*SMOKE, "--run_dir={other}"), ["--run_dir=", "is not empty and holds no run"]),
-    ((*SMOKE, "--run_dir={saved}"), ["--run_dir=", "holds another run, which differs in", "width (16 there, 32"]),
+    ((*SMOKE, "--run_dir={saved}"), ["--run_dir=", "already contains a different run (", "width: 16 saved, 32"]),
     ((*SMOKE, "--run_dir={torn}"), ["config.json cannot be read", "--overwrite"]),
     # Looking at data.
     ((SHOW, "--preset=smoke", "--num=100000"), ["--num=100000: --split=train has 512 examples"]),
@@ -70,7 +71,7 @@ MISTAKES = [
     ((EVALUATE, "--suite=no_op"), ["--run_dir"]),
     ((EVALUATE, "--run_dir=nowhere", "--suite=no_op"), ["--run_dir=nowhere: holds no run"]),
     ((EVALUATE, "--run_dir={saved}", "--suite=everything"), ["--suite=everything", "held_out"]),
-    ((EVALUATE, "--run_dir={saved}", "--suite=no_op", "--step=7"), ["--step=7", "saved are 16"]),
+    ((EVALUATE, "--run_dir={saved}", "--suite=no_op", "--step=7"), ["--step=7", "saved steps: 16"]),
     ((EVALUATE, "--run_dir={saved}", "--suite=no_op", "--members=m0"), ["--members=m0"]),
     ((EVALUATE, "--run_dir={saved}", "--suite=lengths"), ["--suite=lengths", "learned"]),
     ((EVALUATE, "--run_dir={saved}", "--suite=no_op", "--show=-1"), ["--show=-1"]),
@@ -79,7 +80,7 @@ MISTAKES = [
     # Exporting a member.
     ((EXPORT, "--run_dir={saved}", "--out=new"), ["--member: must be given"]),
     ((EXPORT, "--run_dir={saved}", "--member=m0", "--out=new"), ["--member=m0", "no such member"]),
-    ((EXPORT, "--run_dir={saved}", f"--member={MEMBER}", "--step=3", "--out=new"), ["--step=3", "saved are 16"]),
+    ((EXPORT, "--run_dir={saved}", f"--member={MEMBER}", "--step=3", "--out=new"), ["--step=3", "saved steps: 16"]),
     ((EXPORT, "--run_dir={saved}", f"--member={MEMBER}", "--out={other}"), ["--out=", "is not empty"]),
     ((EXPORT, "--run_dir={damaged}", f"--member={MEMBER}", "--out=new"), ["16: the checkpoint is damaged"]),
 ]

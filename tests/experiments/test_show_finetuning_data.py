@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.experiments.test_launchers import command
+from tests.commands import command
 from tests.tokenizers import byte_level
 
 pytest.importorskip("tokenizers")
@@ -42,7 +42,7 @@ def test_every_token_and_the_report(places):
     assert [row["response"] for row in shown] == ["the answer <|end|>", "the answer the answer <|end|>"]
     said = done.stderr.splitlines()
     assert said[0].startswith("all sources: 3 examples, ") and "1 rows of 150 tokens" in said[-2], said
-    assert said[-1].endswith(f"nothing: 1, first {places / 'alpaca.json'}: row 3, line 12"), said
+    assert said[-1].endswith(f"Skipped 1 empty rows (first: {places / 'alpaca.json'}: row 3, line 12)."), said
 
     done = show(places, "--num=1", "--format=tokens", "--template=plain")
     lines = done.stdout.splitlines()[1:-1]
@@ -52,8 +52,8 @@ def test_every_token_and_the_report(places):
 
 @pytest.mark.parametrize("flags, part", [
     (("--num=1", "--template=x"), "--template=x: must be plain, alpaca, "),
-    (("--num=9",), "alpaca.json: row 3, line 12: the field 'output' is empty; give it a text, or leave such rows out"),
-    (("--max_length=9", "--report", "--drop_empty"), "--max_length=9: no token of a response is left in any example"),
+    (("--num=9",), "alpaca.json: row 3, line 12: the field 'output' is empty; fill it in, or skip such rows"),
+    (("--max_length=9", "--report", "--drop_empty"), "--max_length=9: truncation leaves no response token"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(places, flags, part):
     done = show(places, *flags)

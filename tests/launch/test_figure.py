@@ -19,7 +19,7 @@ def test_it_runs_twice_in_one_process_with_other_flags(tmp_path, capsys):
         assert {row["instructions"] for row in read_table(run_dir / "results.csv")} == {instructions}
         command = json.loads((run_dir / "provenance.json").read_text())["command"]
         assert command == ["fig2a_instruction_count.py", *flags]
-        assert "verdict: none" in capsys.readouterr().out
+        assert "Not judged" in capsys.readouterr().out
         page = (run_dir / "report.html").read_text()
         assert "python -m experiments.fig2a_instruction_count" in page
 
@@ -27,7 +27,7 @@ def test_it_runs_twice_in_one_process_with_other_flags(tmp_path, capsys):
 def test_a_mistake_and_a_plea_for_help_are_a_status(tmp_path, capsys):
     assert launch(fig2a.FIGURE, [*FLAGS, "--config.instructions=16,16", f"--run_dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: --config.instructions=16,16: names a value twice") and said.count("\n") == 1
+    assert said.startswith("error: --config.instructions=16,16: lists 16 twice") and said.count("\n") == 1
     assert launch(fig2a.FIGURE, ["--help"]) == 0
     assert capsys.readouterr().out.startswith(fig2a.__doc__.splitlines()[0])
     assert not list(tmp_path.iterdir())
@@ -51,6 +51,6 @@ def test_a_figure_without_a_preset_laptop_has_its_first_one_by_default(tmp_path,
     presets = {"tiny": fig2a.PRESETS["smoke"], "other": fig2a.PRESETS["laptop"]}
     figure = dataclasses.replace(fig2a.FIGURE, presets=presets)
     assert launch(figure, [*FLAGS[1:], "--config.instructions=4,4", f"--run_dir={tmp_path}"]) == 2
-    assert "names a value twice" in capsys.readouterr().err
+    assert "lists 4 twice" in capsys.readouterr().err
     assert launch(figure, ["--help"]) == 0
     assert "(default: 'tiny')" in capsys.readouterr().out

@@ -100,14 +100,18 @@ def test_the_same_again_reads_back_and_another_is_refused(finished, capsys):
     before = {path: path.read_bytes() for path in finished.glob("*.csv") if path.stem != "timings"}
     assert launch_finetuning(FIGURE, [f"--run_dir={finished}", "--devices=2"]) == 0
     said = capsys.readouterr()
-    assert "finished earlier, read back" in said.err and "verdict: reproduced" in said.out and "letters" in said.out
+    assert (
+        "already finished; loading its results" in said.err
+        and "verdict: reproduced" in said.out
+        and "letters" in said.out
+    )
     for flag in ("--length=3", "--config.length=3"):
         assert launch_finetuning(FIGURE, [f"--run_dir={finished}", "--devices=2", flag]) == 2
-        assert "holds another run, which differs in member 0.data" in capsys.readouterr().err.splitlines()[-1]
+        assert "already contains a different run (member 0.data" in capsys.readouterr().err.splitlines()[-1]
     assert {path: path.read_bytes() for path in finished.glob("*.csv") if path.stem != "timings"} == before
 
 
 def test_what_is_not_the_presets_own_is_not_judged(finished, tmp_path, capsys):
     assert launch_finetuning(FIGURE, [f"--run_dir={tmp_path / 'run'}", "--config.length=1", "--devices=2"]) == 0
-    assert "verdict: none, the claims are about the preset's own settings" in capsys.readouterr().out
+    assert "Not judged: claims apply only to the unmodified preset." in capsys.readouterr().out
     assert not (tmp_path / "run" / "claims.csv").exists()

@@ -66,7 +66,7 @@ def test_a_short_name_means_the_same_and_both_are_refused(capsys):
     assert given("--share=0.25", "--kind=repeated") == (0, ({"share": 0.25, "kind": "repeated"}, 3, False))
     assert given("--share=0.25", "--config.share=0.25")[0] == 2
     assert capsys.readouterr().err == (
-        "error: --share and --config.share: are two names of one flag; give one of them\n"
+        "error: --share and --config.share: are two names for the same flag; give only one\n"
     )
     assert given("--rules=4")[0] == 2  # has none
 
@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, capsys):
     [
         (BadInput("--seeds=3: too many"), 2, "error: --seeds=3: too many"),
         (OSError(28, "No space left on device", "metrics.csv"), 2, "error: metrics.csv: No space left on device"),
-        (Interrupted("stopped and saved"), STOPPED, "stopped and saved"),
+        (Interrupted("Checkpoint saved"), STOPPED, "Checkpoint saved"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -130,7 +130,10 @@ def test_help_lists_the_flags_and_runs_nothing(capsys):
     assert run("--help", main=lambda values: pytest.fail("it was run")) == 0
     said = capsys.readouterr().out
     assert said.startswith("What it does.") and "--[no]dry_run: say it" in said
-    assert "--config.rules: how many; a list" in said and "--share: another name of --config.share" in said
+    assert (
+        "--config.rules: how many; a list, which this figure varies" in said
+        and "--share: another name for --config.share" in said
+    )
     assert "--help" not in said
 
 

@@ -1,6 +1,7 @@
-"""The decoder: what it may look at, and that skipping work changes nothing."""
+"""The decoder: what it may attend to, and that skipping work does not change results."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -26,16 +27,21 @@ def build(ragged=False, **changes):
     (group,) = make_groups([Member(tiny(**changes), 0)])
     decoder = dataclasses.replace(make_decoder(group), ragged=ragged)
     tokens = jax.random.randint(jax.random.key(1), (3, decoder.sequence), 0, decoder.vocabulary_size)
-    params = decoder.init(jax.random.key(0), tokens, jnp.zeros(3, jnp.int32))
+    params = jax.jit(decoder.init)(jax.random.key(0), tokens, jnp.zeros(3, jnp.int32))
     return decoder, params, tokens
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="answer_only")
+def apply(decoder, params, tokens, padding, answer_only=True):
+    return decoder.apply(params, tokens, padding, answer_only=answer_only)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 class TestEveryVariant:
     def test_computing_the_last_layer_on_the_answer_alone_is_equal(self, variant):
         decoder, params, tokens = build(**variant)
-        short = decoder.apply(params, tokens, jnp.zeros(3, jnp.int32))
-        whole = decoder.apply(params, tokens, jnp.zeros(3, jnp.int32), answer_only=False)
+        short = apply(decoder, params, tokens, jnp.zeros(3, jnp.int32))
+        whole = apply(decoder, params, tokens, jnp.zeros(3, jnp.int32), answer_only=False)
         assert short.shape[1] == decoder.sequence - decoder.prompt + 1
         np.testing.assert_allclose(short, whole[:, decoder.prompt - 1 :], atol=2e-5)
 
@@ -43,25 +49,26 @@ class TestEveryVariant:
         decoder, params, tokens = build(**variant)
 
         def loss(params, answer_only):
-            logits = decoder.apply(params, tokens, jnp.zeros(3, jnp.int32), answer_only=answer_only)
+            logits = apply(decoder, params, tokens, jnp.zeros(3, jnp.int32), answer_only=answer_only)
             return (logits[:, -(decoder.sequence - decoder.prompt + 1) :] ** 2).mean()
 
-        for a, b in zip(*(jax.tree.leaves(jax.grad(loss)(params, flag)) for flag in (True, False)), strict=True):
+        gradients = jax.jit(jax.grad(loss), static_argnums=1)
+        for a, b in zip(*(jax.tree.leaves(gradients(params, flag)) for flag in (True, False)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
     def test_nothing_looks_ahead(self, variant):
         decoder, params, tokens = build(**variant)
-        before = decoder.apply(params, tokens, jnp.zeros(3, jnp.int32), answer_only=False)
+        before = apply(decoder, params, tokens, jnp.zeros(3, jnp.int32), answer_only=False)
         changed = tokens.at[:, 9:].set((tokens[:, 9:] + 1) % decoder.vocabulary_size)
-        after = decoder.apply(params, changed, jnp.zeros(3, jnp.int32), answer_only=False)
+        after = apply(decoder, params, changed, jnp.zeros(3, jnp.int32), answer_only=False)
         np.testing.assert_allclose(before[:, :9], after[:, :9], atol=1e-5)
         assert np.abs(before[:, 9:] - after[:, 9:]).max() > 1e-3
 
     def test_padding_on_the_left_changes_nothing(self, variant):
         decoder, params, tokens = build(ragged=True, **variant)
         pad = 4
-        alone = decoder.apply(params, tokens[:, pad:], jnp.zeros(3, jnp.int32), answer_only=False)
-        padded = decoder.apply(params, tokens.at[:, :pad].set(0), jnp.full(3, pad), answer_only=False)
+        alone = apply(decoder, params, tokens[:, pad:], jnp.zeros(3, jnp.int32), answer_only=False)
+        padded = apply(decoder, params, tokens.at[:, :pad].set(0), jnp.full(3, pad), answer_only=False)
         np.testing.assert_allclose(alone, padded[:, pad:], atol=2e-5)
 
 
@@ -74,14 +81,14 @@ def test_bfloat16_computes_close_to_float32_and_keeps_its_parameters():
     a, b = (d.apply(params, tokens, jnp.zeros(3, jnp.int32)) for d in (decoder, half))
     assert b.dtype == jnp.float32 and 0 < np.abs(a - b).max() < 0.2
     assert (b != b.astype(jnp.bfloat16)).any(), (
-        "the head must not round its logits: the best letter would often be a tie"
+        "the head must not round its logits: the best letter would often be tied"
     )
 
 
 @pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)])
 @pytest.mark.parametrize("queries", [7, 3])
 def test_attention_and_its_gradients_agree_with_jax(queries, dtype, atol):
-    """Also where the first queries are left out, and where rows start with padding."""
+    """Also without the first queries, and for rows that start with padding."""
     q, k, v, upstream = jax.random.normal(jax.random.key(0), (4, 2, 7, 4, 8)).astype(dtype)
     q, upstream = q[:, -queries:], upstream[:, -queries:]
     mask = jnp.tril(jnp.ones((2, 7, 7), bool))[:, -queries:].at[1, :, :2].set(False)
@@ -100,7 +107,7 @@ def test_attention_and_its_gradients_agree_with_jax(queries, dtype, atol):
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_what_bfloat16_adds_to_a_row_is_not_seen(ragged):
-    """In bfloat16 rows are lengthened to a multiple of eight: same logits as of a row that has that length."""
+    """In bfloat16, rows are padded to a multiple of eight: the logits equal those of a row that has that length."""
     decoder, params, tokens = build(ragged, precision="bfloat16", positions="rotary")
     padding, T = jnp.array([0, 1, 2]) * ragged, decoder.sequence
     longer = dataclasses.replace(decoder, sequence=T + -T % 8)
@@ -111,7 +118,7 @@ def test_what_bfloat16_adds_to_a_row_is_not_seen(ragged):
 
 
 def test_attention_in_one_kernel_is_asked_for_where_it_is_causal(monkeypatch):
-    """cuDNN's part is played by JAX: same logits; the last layer, which has fewer queries, is not given to it."""
+    """With JAX's attention in place of cuDNN's, logits agree; the last layer, with fewer queries, does not use it."""
     decoder, params, tokens = build(precision="bfloat16", layers=3)
     fused = dataclasses.replace(decoder, attention="cudnn")
     asked = []
@@ -148,7 +155,7 @@ def test_dropout_needs_a_key_and_acts_only_in_training():
 
 
 def test_the_parameters_are_those_of_gpt2():
-    """Counted by hand for the papers' shape: 12 D^2 + 13 D a layer, embeddings, positions, final norm."""
+    """Counted by hand for the papers' shape: 12 D^2 + 13 D per layer, embeddings, positions, final norm."""
     from instrdiv.config.presets import PAPER
 
     (group,) = make_groups([Member(PAPER, 0)])

@@ -1,4 +1,4 @@
-"""Greedy decoding: the tokens that Transformers' ``generate`` makes, and what a loop without a cache finds."""
+"""Greedy decoding against Transformers' ``generate``, and against a loop without a cache."""
 
 import dataclasses
 import functools
@@ -29,10 +29,10 @@ def all_logits(rows, adapters, scale):
 
 
 def by_hand(prompt, new_tokens, end_tokens=(), adapters=None, scale=None):
-    """Greedy tokens of one prompt, everything read again for each of them; it stops after an end token."""
+    """Greedy tokens of one prompt, recomputing the whole sequence for every token; stops after an end token."""
     tokens = list(prompt)
     for _ in range(new_tokens):
-        row = np.array([[*tokens, *[0] * (24 - len(tokens))]])  # nothing sees what comes after it
+        row = np.array([[*tokens, *[0] * (24 - len(tokens))]])  # no position attends to what follows it
         logits = all_logits(worlds.rows_of(row), adapters, scale)
         tokens.append(int(logits[0, len(tokens) - 1].argmax()))
         if tokens[-1] in end_tokens:
@@ -47,7 +47,7 @@ def test_64_tokens_are_those_of_transformers(tmp_path, family):
     pair = Pair.make(family, tmp_path)
     ours = pair.our_tokens(random_prompts(), NEW_TOKENS)
     np.testing.assert_array_equal(ours, pair.their_tokens(random_prompts(), NEW_TOKENS))
-    assert ours.shape == (4, 64) and len(np.unique(ours)) > 16  # not one token, again and again
+    assert ours.shape == (4, 64) and len(np.unique(ours)) > 16  # not a single repeated token
 
 
 def test_it_ends_where_transformers_does(tmp_path):
@@ -116,7 +116,7 @@ def test_a_population_decodes_as_its_members_do_alone():
         for one in loras
     ]
     adapters, scale = lora.stack_adapters(CONFIG, loras, singles), lora.scales(loras)
-    asked = PROMPTS[:2] * 3  # the same of every member, so that what differs is the member's
+    asked = PROMPTS[:2] * 3  # the same prompts for every member, so that only the members differ
     tokens, _ = decode_greedily(MODEL, left_padded(asked), Adapters(adapters, scale), new_tokens=8)
     for row, prompt in enumerate(asked):
         member = row // 2

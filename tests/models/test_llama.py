@@ -1,4 +1,4 @@
-"""The decoder against Transformers' own, for every family: it made the checkpoints, and is the oracle."""
+"""The decoder against Transformers, the oracle, for every family, on checkpoints that Transformers wrote."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_bfloat16_is_as_exact_as_transformers(pair):
 
 
 def error(logits, exact):
-    """Root mean square of the differences, over the spread of the logits."""
+    """Root mean square of the differences, divided by the standard deviation of the logits."""
     return np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
 
 
@@ -91,7 +91,7 @@ def test_shards_are_read_as_one_file_is(tmp_path):
     ],
 )
 def test_what_sets_a_family_apart_is_seen_in_these_rows(tmp_path, family, changes):
-    """Otherwise the tests above could not tell whether it is computed."""
+    """Otherwise the tests above could not tell whether these settings are used at all."""
     pair, tokens = Pair.make(family, tmp_path), random_rows()[0]
     changed = dataclasses.replace(pair, config=dataclasses.replace(pair.config, **changes))
     assert np.abs(changed.our_logits(tokens) - pair.our_logits(tokens)).max() > 1e-2
@@ -101,7 +101,7 @@ def test_what_sets_a_family_apart_is_seen_in_these_rows(tmp_path, family, change
 def test_rows_that_are_packed_do_not_see_each_other(tmp_path, family):
     pair = Pair.make(family, tmp_path)
     tokens = random_rows()[0][:1]
-    lengths = [20, 5, PLACES - 30]  # and five places of padding
+    lengths = [20, 5, PLACES - 30]  # and five positions of padding
     segments = np.repeat([1, 2, 3, 0], [*lengths, 5])[None].astype(np.int32)
     positions = np.concatenate([np.arange(length) for length in [*lengths, 5]])[None].astype(np.int32)
     rows = Rows(*map(jnp.asarray, (tokens.astype(np.int32), positions, segments)))

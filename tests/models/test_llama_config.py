@@ -1,4 +1,4 @@
-"""config.json: what the models of the papers say, read as Transformers reads it; and what is refused."""
+"""config.json of the papers' models is read as Transformers reads it; unsupported ones are refused."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3",
 }
 
-#: config.json of models as they are published, or pieces of it that decide something, over a tiny one.
+#: Relevant fields of published models' config.json, on top of a tiny one.
 SAID = {
     "llama-2": LLAMA | {"rms_norm_eps": 1e-5, "rope_scaling": None, "pretraining_tp": 1, "torch_dtype": "float16"},
     "llama-2-grouped": LLAMA | {"num_key_value_heads": 1},
@@ -80,7 +80,7 @@ def test_it_is_read_as_transformers_reads_it(name):
 
 @pytest.mark.parametrize("name", SAID)
 def test_the_layers_are_those_of_transformers_own_model(name):
-    """Which linear layers have biases, which layers a window, and how fast heads turn, asked of the model it makes."""
+    """Biases of linear layers, windows of layers and rotary frequencies, read off the model that Transformers makes."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs, ours = as_transformers_reads_it(SAID[name]), ModelConfig.from_json(SAID[name])
@@ -110,9 +110,9 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(tmp_path, name):
 
 def test_what_an_architecture_lacks_cannot_be_written():
     llama = ModelConfig.from_json(LLAMA)
-    with pytest.raises(BadInput, match=r"^windows=\(8, 8, 8\): a LlamaForCausalLM cannot have it"):
+    with pytest.raises(BadInput, match=r"^windows=\(8, 8, 8\): not supported by LlamaForCausalLM"):
         dataclasses.replace(llama, windows=(8, 8, 8)).to_json()
-    with pytest.raises(BadInput, match=r"^output_bias=False: a LlamaForCausalLM cannot have it"):
+    with pytest.raises(BadInput, match=r"^output_bias=False: not supported by LlamaForCausalLM"):
         dataclasses.replace(llama, qkv_bias=True).to_json()
     with pytest.raises(BadInput, match="model_type=GPT: is not supported"):
         dataclasses.replace(llama, architecture="GPT").to_json()
@@ -130,7 +130,7 @@ def test_a_config_is_hashable_and_equal_by_value():
         ({"model_type": None}, "lacks the field model_type"),
         ({"model_type": ["llama"]}, 'model_type=["llama"]: is not supported'),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architectures=["LlamaForSequenceClassification"]'),
-        ({"architectures": ["LlamaModel"]}, '["LlamaForCausalLM"] is'),
+        ({"architectures": ["LlamaModel"]}, 'use ["LlamaForCausalLM"]'),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: is not supported"),
         ({"quantization_config": {"load_in_8bit": True}}, 'quantization_config={"load_in_8bit": true}'),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: type=dynamic: is not supported"),
@@ -140,7 +140,7 @@ def test_a_config_is_hashable_and_equal_by_value():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: lacks the field low_freq_factor"),
         ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0: must exceed"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters={"),
-        ({"rope_scaling": "linear"}, "rope_scaling=linear: must be one flat object"),
+        ({"rope_scaling": "linear"}, "rope_scaling=linear: must be a flat object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: is not supported"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config"),
         ({"hidden_size": None}, "lacks the field hidden_size"),
@@ -152,10 +152,10 @@ def test_a_config_is_hashable_and_equal_by_value():
         ({"head_dim": 7}, "head_dim=7: must be even"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05: must be a positive number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes: must be true or false"),
-        ({"eos_token_id": "</s>"}, "eos_token_id=</s>: must be a token's number"),
+        ({"eos_token_id": "</s>"}, "eos_token_id=</s>: must be a token id"),
         ({"eos_token_id": 10**6}, "eos_token_id=1000000: must be below vocab_size="),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 10000"),
-        ({"layer_types": ["sliding_attention"] * 3}, "layers that differ are not supported in a llama"),
+        ({"layer_types": ["sliding_attention"] * 3}, "a mixture of layer types is not supported for llama"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, fields, said):
@@ -169,11 +169,11 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, fields, said):
 @pytest.mark.parametrize(
     "fields, said",
     [
-        (QWEN | {"layer_types": ["sliding_attention"] * 3}, "needs use_sliding_window and sliding_window"),
+        (QWEN | {"layer_types": ["sliding_attention"] * 3}, "requires use_sliding_window and sliding_window"),
         (QWEN | {"layer_types": ["full_attention"]}, "must be a list of 3"),
         (QWEN | {"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "must be a list of 3"),
         (QWEN | {"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0: must be a whole number"),
-        (MISTRAL | {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, "not supported in a mistral"),
+        (MISTRAL | {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, "not supported for mistral"),
         ({k: v for k, v in MISTRAL.items() if k != "num_key_value_heads"}, "num_key_value_heads=8: must divide"),
     ],
 )

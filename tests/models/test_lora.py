@@ -1,4 +1,4 @@
-"""Adapters: PEFT is the oracle, both ways."""
+"""Adapters against PEFT, the oracle, for reading and for writing."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ CONFIG = worlds.CONFIG
 
 
 def random_adapter(rank, targets, seed=0):
-    """An adapter with nothing zero in it."""
+    """An adapter without zeros."""
     rng = np.random.default_rng(seed)
     shapes = lora.linear_shapes(CONFIG)
     return {
@@ -95,8 +95,8 @@ def test_a_member_of_a_population_computes_as_if_alone_and_as_if_merged(row):
     alone = lora.stack_adapters(CONFIG, [loras[row]], [single[row]])
     merged = lora.merge(weights, loras[row], lora.adapter_of(adapters, row, loras[row]))
     mine = tokens[2 * row : 2 * row + 2]
-    # The order of sums is the compiler's, and the logits, up to 32, are sensitive: with all weights of the base changed
-    # in their last bit, they move by up to 6e-4. What an adapter adds is thousands of times as much.
+    # The compiler chooses the order of sums, and the logits, up to 32, are sensitive: with the last bit of all base
+    # weights changed, they move by up to 6e-4. The effect of an adapter is thousands of times as large.
     np.testing.assert_allclose(together, worlds.logits(weights, mine, alone, scale[row : row + 1]), atol=1e-3, rtol=0)
     np.testing.assert_allclose(together, worlds.logits(merged, mine), atol=1e-3, rtol=0)
     assert np.abs(together - worlds.logits(weights, mine)).max() > 1
@@ -148,8 +148,8 @@ def test_initial_adapters_are_spread_as_pefts():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"targets": ("q_proj", "c_attn")}, "--targets=q_proj,c_attn: c_attn is no linear layer"),
-        ({"targets": ()}, "nothing is no linear layer"),
+        ({"targets": ("q_proj", "c_attn")}, "--targets=q_proj,c_attn: c_attn is not a linear layer"),
+        ({"targets": ()}, "nothing is not a linear layer"),
         ({"rank": 0}, "--rank=0: must be at least 1"),
         ({"alpha": float("nan")}, "--alpha=nan"),
     ],
@@ -186,11 +186,11 @@ def written(tmp_path):
         ({"r": True}, "r is true; it must be"),
         ({"lora_alpha": math.inf}, "lora_alpha is Infinity; it must be"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5; it must be"),
-        ({"target_modules": ["q_proj", 3]}, "target_modules is .*; it must be names"),
-        ({"target_modules": 3}, "target_modules is 3; it must be names"),
-        ({"r": 3}, "adapter_model.safetensors: .*q_proj.lora_A.weight is .2, 16., not .3, 16. as rank 3"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules is .*; it must be layer names"),
+        ({"target_modules": 3}, "target_modules is 3; it must be layer names"),
+        ({"r": 3}, "adapter_model.safetensors: .*q_proj.lora_A.weight is .2, 16., not .3, 16. as expected for rank 3"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules names embed_tokens"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "has no tensor of v_proj"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "has no tensor for v_proj"),
     ],
 )
 def test_what_is_not_supported_is_named(written, said, words):
@@ -207,7 +207,7 @@ def test_an_adapter_for_another_base_is_refused(written):
         lora.read_adapter(written, CONFIG, base="mistralai/Mistral-7B-v0.3")
     with pytest.raises(BadInput, match=r"lacks base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"):
         lora.read_adapter(written, dataclasses.replace(CONFIG, layers=3, windows=(None,) * 3))
-    with pytest.raises(BadInput, match=r"layers.1.self_attn.q_proj.lora_A.weight has no place in this base"):
+    with pytest.raises(BadInput, match=r"layers.1.self_attn.q_proj.lora_A.weight does not exist in this base"):
         lora.read_adapter(written, dataclasses.replace(CONFIG, layers=1, windows=(None,)))
     with pytest.raises(BadInput, match=r"down_proj.lora_A.weight is .2, 24., not .2, 48."):
         lora.read_adapter(written, dataclasses.replace(CONFIG, mlp_width=48))
@@ -215,11 +215,11 @@ def test_an_adapter_for_another_base_is_refused(written):
 
 def test_files_that_are_no_adapter(written, tmp_path):
     (written / "adapter_model.safetensors").write_bytes(b"no tensors here")
-    with pytest.raises(BadInput, match="is damaged, or no safetensors file"):
+    with pytest.raises(BadInput, match="is damaged or not a safetensors file"):
         lora.read_adapter(written, CONFIG)
     (written / "adapter_model.safetensors").rename(written / "adapter_model.bin")
     with pytest.raises(BadInput, match=r"no such file; adapter_model.bin is pickled and never read"):
         lora.read_adapter(written, CONFIG)
     (written / "adapter_config.json").write_text("[]")
-    with pytest.raises(BadInput, match="cannot be read as an adapter's configuration"):
+    with pytest.raises(BadInput, match="cannot be read as an adapter configuration"):
         lora.read_adapter(written, CONFIG)

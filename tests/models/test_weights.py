@@ -1,4 +1,4 @@
-"""Weights: what the safetensors library wrote is read, sharded and quantized as it should be; mistakes are named."""
+"""Weights: checkpoints that safetensors wrote are read, sharded and quantized correctly; errors name the problem."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
 def shapes(config):
-    """name -> shape of every tensor that such a checkpoint has, spelled out."""
+    """name -> shape of every tensor in a checkpoint, written out."""
     heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
     found = {"model.embed_tokens.weight": (config.vocab_size, config.width), "model.norm.weight": (config.width,)}
     if not config.tied_head:
@@ -57,7 +57,7 @@ def tensors(config=CONFIG, dtype=np.float32):
 
 
 def write(directory, config=CONFIG, numbers=None, files=1):
-    """A checkpoint, by the safetensors library; in several files, with an index, if asked for."""
+    """Writes a checkpoint with the safetensors library; if ``files`` > 1, as several files with an index."""
     numbers = tensors(config) if numbers is None else numbers
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config.to_json()))
@@ -73,7 +73,7 @@ def write(directory, config=CONFIG, numbers=None, files=1):
 
 
 def expected(numbers, config=CONFIG):
-    """The tree, by another way: names are taken apart, and layers stacked."""
+    """The tree, built independently: by parsing the names and stacking the layers."""
     tree = {"embed": numbers["model.embed_tokens.weight"], "norm": numbers["model.norm.weight"], "layers": {}}
     if not config.tied_head:
         tree["lm_head"] = {"kernel": numbers["lm_head.weight"].T}
@@ -141,7 +141,7 @@ def test_a_tied_head_may_be_written_twice(tmp_path):
     numbers["lm_head.weight"] = numbers["model.embed_tokens.weight"].copy()
     assert_same(read_weights(write(tmp_path / "same", QWEN, numbers), QWEN), expected(numbers, QWEN))
     numbers["lm_head.weight"][3, 4] += 1
-    with pytest.raises(BadInput, match=r"lm_head\.weight is not the embedding.*tie_word_embeddings=false"):
+    with pytest.raises(BadInput, match=r"lm_head\.weight differs from the embedding.*tie_word_embeddings=false"):
         read_weights(write(tmp_path / "other", QWEN, numbers), QWEN)
 
 
@@ -227,7 +227,7 @@ class TestOnAMesh:
             partition_specs(CONFIG, mesh(tensor=8))
         with pytest.raises(BadInput, match=r"^--tensor_parallel=4: must divide the 22 channels of the MLP$"):
             partition_specs(dataclasses.replace(CONFIG, mlp_width=22), mesh(tensor=4))
-        with pytest.raises(BadInput, match=r"^--fsdp: the width 16 cannot be cut into 3 equal parts"):
+        with pytest.raises(BadInput, match=r"^--fsdp: the width 16 cannot be split into 3 equal parts"):
             partition_specs(CONFIG, mesh(data=3), fsdp=True)
 
 
@@ -279,7 +279,7 @@ class TestWhatIsWrong:
     def test_a_missing_shard(self, tmp_path):
         lost = write(tmp_path, files=3) / "model-00002-of-00003.safetensors"
         lost.unlink()
-        assert self.refused(tmp_path).startswith(f"{lost}: is missing; model.safetensors.index.json says that it has ")
+        assert self.refused(tmp_path).startswith(f"{lost}: is missing; according to model.safetensors.index.json, it")
 
     def test_a_shard_without_a_tensor_that_the_index_names(self, tmp_path):
         path = write(tmp_path, files=3) / "model-00001-of-00003.safetensors"
@@ -299,11 +299,11 @@ class TestWhatIsWrong:
         path.write_bytes(whole[:-1])
         header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
         last = max((e["data_offsets"][1], name) for name, e in header.items())[1]
-        said = f"{path}: is damaged: its tensor {last} ends at byte {len(whole)}, and the file at {len(whole) - 1}"
+        said = f"{path}: is damaged: its tensor {last} ends at byte {len(whole)}, but the file ends at {len(whole) - 1}"
         assert self.refused(tmp_path).startswith(said)
         for size in (0, 7, 8, 100):
             path.write_bytes(whole[:size])
-            assert self.refused(tmp_path).startswith(f"{path}: is damaged, or no safetensors file (")
+            assert self.refused(tmp_path).startswith(f"{path}: is damaged or not a safetensors file (")
 
     @pytest.mark.parametrize(
         "header",
@@ -315,7 +315,7 @@ class TestWhatIsWrong:
     def test_a_header_that_is_none(self, tmp_path, header):
         path = tmp_path / "model.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-        assert self.refused(tmp_path).startswith(f"{path}: is damaged, or no safetensors file (")
+        assert self.refused(tmp_path).startswith(f"{path}: is damaged or not a safetensors file (")
 
     def test_a_shape_that_its_bytes_do_not_have(self, tmp_path):
         path = write(tmp_path) / "model.safetensors"
@@ -331,7 +331,7 @@ class TestWhatIsWrong:
     def test_a_missing_tensor(self, tmp_path):
         numbers = tensors()
         del numbers[NAME]
-        said = f"{write(tmp_path, numbers=numbers)}: has no tensor {NAME} [16, 16], which by its config.json"
+        said = f"{write(tmp_path, numbers=numbers)}: lacks the tensor {NAME} [16, 16], which its config.json"
         assert self.refused(tmp_path).startswith(said)
 
     def test_a_tensor_too_many(self, tmp_path):
@@ -342,7 +342,7 @@ class TestWhatIsWrong:
     def test_a_wrong_shape(self, tmp_path):
         numbers = tensors() | {NAME: np.zeros((16, 15), np.float32)}
         path = write(tmp_path, numbers=numbers) / "model.safetensors"
-        said = f"{path}: tensor {NAME} has the shape [16, 15]; by config.json it should have [16, 16]"
+        said = f"{path}: tensor {NAME} has shape [16, 15], but config.json requires [16, 16]"
         assert self.refused(tmp_path) == said
 
     def test_a_dtype_that_is_not_supported(self, tmp_path):
@@ -355,7 +355,7 @@ class TestWhatIsWrong:
         numbers[NAME][3, 4] = number
         path = write(tmp_path, numbers=numbers, files=2) / "model-00001-of-00002.safetensors"
         path = path if NAME in load_file(path) else path.with_name("model-00002-of-00002.safetensors")
-        assert self.refused(tmp_path).startswith(f"{path}: is damaged: its tensor {NAME} has numbers that are not")
+        assert self.refused(tmp_path).startswith(f"{path}: is damaged: its tensor {NAME} has non-finite values")
 
     def test_pickled_weights(self, tmp_path):
         (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The index says what became of every figure, whole and escaped; its links lead to files that are there."""
+"""The index shows the outcome of every figure, complete and escaped; its links point to files that exist."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ QUESTIONS = {
 
 
 def finish(run_dir, claims):
-    """What a launcher adds to a run's tables at its end."""
+    """Adds the files that a launcher writes at the end of a run."""
     (run_dir / "figure.png").write_bytes(b"PNG")
     write_claims(run_dir / "claims.csv", claims)
     write_report(run_dir, claims)

@@ -1,5 +1,5 @@
-"""The report shows what the tables say, whole and escaped, without anything from elsewhere; the same tables, the same
-bytes. Its numbers are worked out again here, and its markup is read by ``html.parser``."""
+"""The report shows the tables' contents, complete and escaped, without external resources; identical tables give
+identical bytes. Its numbers are recomputed here, and its markup is parsed by ``html.parser``."""
 
 import base64
 import html.parser
@@ -35,8 +35,9 @@ ERRORS = ("wrong length", "wrong site", "wrong replacement", "copy error")
 
 
 def make_run(directory, figure="fig", seeds=2, reports=5, diverged=(), **values):
-    """The tables of a made-up run. Exact match on unseen rules is I/100 + seed/1000, on seen ones 1; unseen_dev climbs
-    to twice the former in equal parts, ten steps each; ``diverged`` are (I, seed) that did, at step 25."""
+    """Writes the tables of a made-up run. Exact match is I/100 + seed/1000 on unseen rules and 1 on seen ones; on
+    unseen_dev it climbs to twice the former in equal increments every ten steps. Members whose (I, seed) is in
+    ``diverged`` diverge at step 25."""
     base = tiny(epochs=10 * reports * TINY.batch_size / TINY.examples, reports=reports)
     sweep = Sweep.grid(base, seeds=seeds, figure=figure, **({"instructions": [4, 16, 60]} | values))
     metrics, results, resemblance = [], [], []
@@ -71,14 +72,15 @@ def make_run(directory, figure="fig", seeds=2, reports=5, diverged=(), **values)
 
 
 def begin(directory, sweep):
-    """A run directory with its config.json."""
+    """Creates a run directory with its config.json."""
     with RunDirectory.begin(directory, sweep, Options(2, 1, 1), overwrite=False):
         pass
 
 
 def add_answers(directory, members, samples=()):
-    """errors.csv: of 1000 answers on unseen has-op tests, 10 * I are right and the wrong ones split 1 : 1 : 2 : rest.
-    samples.csv: as given, (pattern, replacement, input, answer, decoded, error), for every member."""
+    """Writes errors.csv and samples.csv. Of 1000 answers on unseen has-op tests, 10 * I are right and the wrong ones
+    split 1 : 1 : 2 : rest; ``samples``, (pattern, replacement, input, answer, decoded, error), are those of every
+    member."""
     errors, rows = [], []
     names = ("pattern", "replacement", "input", "answer", "decoded", "error")
     for member in members:
@@ -95,7 +97,7 @@ def add_answers(directory, members, samples=()):
 
 
 class Page(html.parser.HTMLParser):
-    """Reads a page strictly: every tag closed in order, every id once; keeps texts, attributes and tables."""
+    """Strict parser of a page: tags must be closed in order, ids unique; keeps texts, attributes and tables."""
 
     def __init__(self, text):
         super().__init__()
@@ -120,7 +122,7 @@ class Page(html.parser.HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        assert "svg" in self.open, f"<{tag}/> is no HTML"
+        assert "svg" in self.open, f"<{tag}/> is not valid HTML"
         self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
@@ -136,7 +138,7 @@ class Page(html.parser.HTMLParser):
         return " ".join("".join(self.pieces).split())
 
     def table(self, *heads):
-        """Rows of the first table whose head has these words, cells stripped."""
+        """Rows of the first table whose header contains these words, cells stripped."""
         for table in self.tables:
             if all(any(head in cell for cell in table[0]) for head in heads):
                 return [[" ".join(cell.split()) for cell in row] for row in table[1:]]
@@ -228,7 +230,7 @@ class TestTables:
 
     def test_the_numbers_of_the_picture_are_shown(self, tmp_path):
         make_run(tmp_path)
-        assert "Numbers of the picture" not in page(tmp_path).text
+        assert "Numbers in the figure" not in page(tmp_path).text
         row = {"factor": EVIL, "i50": 189.123456, "ratio": math.nan, "seeds": 3}
         write_table(tmp_path / "figure.csv", [row], list(row))
         assert page(tmp_path).table("factor", "i50") == [[EVIL, "189.1", "–", "3"]]
@@ -298,7 +300,7 @@ class TestTables:
 
 class TestCurves:
     def test_onset_is_the_first_report_past_one_half_as_a_ring_and_a_number(self, tmp_path):
-        """2 * 0.6 * report / 5 passes one half at the third report, step 30; the others never do."""
+        """2 * 0.6 * report / 5 exceeds one half at the third report, step 30; the other members never do."""
         make_run(tmp_path / "run")
         shown = page(tmp_path / "run")
         assert shown.text.count("seed 0: never") == 2 and shown.text.count("seed 0: 30") == 1
@@ -373,7 +375,7 @@ class TestAnswers:
         pieces = compare(answer, decoded)
         assert "".join(letters for kind, letters in pieces if kind != "missing") == decoded
         assert (answer == decoded) == all(kind == "same" for kind, _ in pieces)
-        rest = iter(answer)  # what is the same or missing stands in the answer, in this order
+        rest = iter(answer)  # same and missing pieces occur in the answer in this order
         assert all(letter in rest for kind, letters in pieces if kind != "wrong" for letter in letters)
 
 

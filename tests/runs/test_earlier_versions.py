@@ -71,7 +71,7 @@ def test_it_is_read_back(here):
 def test_the_same_command_reads_it_back_and_writes_its_report(here, capsys):
     tables = {name: (here / name).read_bytes() for name in ("results.csv", "metrics.csv", "config.json")}
     assert launch(fig2a_instruction_count.FIGURE, [*FLAGS, f"--run_dir={here}"]) == 0
-    assert "finished earlier, read back" in capsys.readouterr().err
+    assert "already finished; loading its results" in capsys.readouterr().err
     assert {name: (here / name).read_bytes() for name in tables} == tables
     assert (here / "figure.png").exists()
     page = (here / "report.html").read_text()
@@ -82,7 +82,7 @@ def test_a_run_of_another_task_is_another_run(here, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in here.iterdir()}
     assert launch(letter_order.FIGURE, ["--preset=smoke", f"--run_dir={here}"]) == 2
     error = capsys.readouterr().err
-    assert "task (rewriting there, letter_order asked for)" in error and error.count("\n") == 1
+    assert "task: rewriting saved, letter_order requested" in error and error.count("\n") == 1
     assert {path.name: path.stat().st_mtime_ns for path in here.iterdir()} == before
 
 
@@ -113,7 +113,7 @@ def test_it_goes_on_from_its_checkpoint_and_ends_as_it_did(here, capsys):
         assert 0 < len(kept) < len(rows)
         write_table(here / name, kept, tuple(rows[0]))
     assert launch(fig2a_instruction_count.FIGURE, [*FLAGS, f"--run_dir={here}"]) == 0
-    assert "group g0: goes on from step 16" in capsys.readouterr().err
+    assert "group g0: resuming from step 16" in capsys.readouterr().err
     for name in ("metrics.csv", "results.csv", "errors.csv", "resemblance.csv"):
         assert_equal_tables(here / name, FIXTURE / name)
     assert [row["member"] for row in read_cells(here / "samples.csv")] == [

@@ -30,7 +30,7 @@ from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.tasks.strings.mistakes import MISTAKES
 from instrdiv.tasks.strings.rewriting import SLICES
 from instrdiv.tasks.strings.suites import SUITES, unseen_pattern
-from tests.experiments.test_launchers import command
+from tests.commands import command
 from tests.worlds import members, tiny, trainer
 
 #: Six letters and rotary positions, so that every suite applies and some answers are right.
@@ -319,7 +319,7 @@ class TestMistakes:
     def test_each_is_one_clear_line(self, saved):
         with pytest.raises(BadInput, match=r"--members=nobody: is not a member of .* are m"):
             evaluate(saved, suites("held_out"), ["nobody"])
-        with pytest.raises(BadInput, match=r"--step=7: is not saved for group g0; saved are 256, 512"):
+        with pytest.raises(BadInput, match=r"--step=7: group g0 has no such checkpoint; saved steps: 256, 512"):
             evaluate(saved, suites("held_out"), step=7)
 
     def test_a_suite_that_nobody_can_be_tested_with(self, saved):

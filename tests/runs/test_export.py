@@ -26,7 +26,7 @@ from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.tasks.tokens import END, PAD
 from instrdiv.training.members import MemberState
 from instrdiv.training.population import stack_group, training_example
-from tests.experiments.test_launchers import command
+from tests.commands import command
 from tests.worlds import tiny
 
 RAGGED = {"pattern_length_min": 1, "replacement_length_min": 0, "input_length_min": 3, "held_out": "pattern"}
@@ -289,12 +289,12 @@ class TestMistakes:
         assert done.returncode == 2 and done.stderr.startswith("error: --member: must be given")
 
     def test_an_unknown_member(self, saved, tmp_path):
-        with pytest.raises(BadInput, match=r"^--member=m0: .* has no such member; its config\.json names"):
+        with pytest.raises(BadInput, match=r"^--member=m0: .* has no such member; its config\.json lists"):
             export_member(saved.run, "m0", tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
     def test_a_step_that_was_not_saved(self, saved, tmp_path):
-        with pytest.raises(BadInput, match=r"^--step=3: .*saved are 8, 16$"):
+        with pytest.raises(BadInput, match=r"^--step=3: .*saved steps: 8, 16$"):
             export_member(saved.run, saved.ids[0], tmp_path / "out", step=3)
         assert not list(tmp_path.iterdir())
 

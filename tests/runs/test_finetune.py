@@ -116,7 +116,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(finished, tmp_path
         return advance(self)
 
     monkeypatch.setattr(AdapterTrainer, "advance", advance_and_interrupt)
-    with pytest.raises(Interrupted, match=r"stopped and saved: group adapters, step 4 of 6. The same command goes on"):
+    with pytest.raises(Interrupted, match=r"Checkpoint saved at group adapters, step 4 of 6. Rerun the same command"):
         start(tmp_path / "run", schedule=Schedule(minutes=float("inf")))
     assert {row["step"] for row in read_table(tmp_path / "run" / "metrics.csv")} == {2, 4}
     assert not (tmp_path / "run" / "adapters").exists()
@@ -140,15 +140,15 @@ def test_a_checkpoint_has_no_base_weight(finished):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"recipe": dataclasses.replace(RECIPE, steps=8)}, r"differs in recipe.steps \(6 there, 8 asked for\)"),
-        ({"data": (DATA[1], DATA[1])}, r"differs in member 0.data \(\w+ there, \w+ asked for\)"),
-        ({"members": MEMBERS[:1], "data": DATA[:1]}, r"differs in members \(2 there, 1 asked for\)"),
+        ({"recipe": dataclasses.replace(RECIPE, steps=8)}, r"a different run \(recipe.steps: 6 saved, 8 requested"),
+        ({"data": (DATA[1], DATA[1])}, r"a different run \(member 0.data: \w+ saved, \w+ requested"),
+        ({"members": MEMBERS[:1], "data": DATA[:1]}, r"a different run \(members: 2 saved, 1 requested"),
         (
             {"members": (MEMBERS[0], dataclasses.replace(MEMBERS[1], learning_rate=1e-2))},
-            r"differs in member 1.learning_rate \(0.003 there, 0.01 asked for\)",
+            r"a different run \(member 1.learning_rate: 0.003 saved, 0.01 requested",
         ),
-        ({"weights": worlds.weights(seed=1)}, r"differs in base.weights \(\w+ there"),
-        ({"figure": "other"}, r"differs in figure \(finetuning there, other asked for\)"),
+        ({"weights": worlds.weights(seed=1)}, r"a different run \(base.weights: \w+ saved"),
+        ({"figure": "other"}, r"a different run \(figure: finetuning saved, other requested"),
     ],
 )
 def test_another_run_is_refused_by_name(finished, changes, words):
@@ -159,7 +159,7 @@ def test_another_run_is_refused_by_name(finished, changes, words):
     assert "\n" not in str(error.value) and files_of(path) == before
 
 
-def test_overwrite_starts_anew(finished, tmp_path):
+def test_overwrite_starts_from_scratch(finished, tmp_path):
     short = dataclasses.replace(RECIPE, steps=2, reports=1)
     start(tmp_path / "run", recipe=short)
     (tmp_path / "run" / "results.csv").write_text("what a launcher found of the run that was here\n")

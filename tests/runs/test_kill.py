@@ -13,6 +13,8 @@ import pytest
 from instrdiv.runtime.tables import read_cells
 from tests.worlds import TINY
 
+pytestmark = pytest.mark.thorough
+
 #: Two groups, so that a kill may also fall between them; a checkpoint at every chunk's end.
 GROUPS = [dataclasses.replace(TINY, epochs=4.0, reports=16, width=width) for width in (16, 32)]
 

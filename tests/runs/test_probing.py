@@ -42,7 +42,7 @@ class TestGroups:
         done = forecast(sweep(layers=[1, 2]), OPTIONS)
         assert (done.compile_seconds, done.training_seconds, done.test_seconds) == (3.0, 50.0, 8.0)
         assert (done.device_bytes, done.probed, done.groups) == (8_000_000, 2, 2)
-        assert done.text.startswith("from a short probe: 61 s in all")
+        assert done.text.startswith("from a short probe: 61 s in total")
 
     @pytest.mark.parametrize("layers, probed, other", [([1, 2], 1, 0), ([2, 1], 0, 1)])
     def test_are_scaled_from_the_largest_where_there_is_none(self, monkeypatch, layers, probed, other):
@@ -50,7 +50,7 @@ class TestGroups:
         both, said = sweep(layers=layers), []
         done = forecast(both, OPTIONS, said.append)
         assert said == [f"probing group g{probed} (1 of at most 2)"] and (done.probed, done.groups) == (1, 2)
-        assert done.text.startswith("from a short probe of 1 of 2 groups (the others by their FLOPs): ")
+        assert done.text.startswith("from a short probe of 1 of 2 groups (the others scaled by FLOPs): ")
         groups, found = make_groups(both.members), FOUND[f"g{probed}"]
         share = 1 + flops_per_example(groups[other]) / flops_per_example(groups[probed])
         assert 1.3 < share < 1.9
@@ -99,7 +99,7 @@ class TestBlock:
 
         def rate(group, layout, pools, scale):
             if layout.members_per_vmap not in rates:
-                raise probing._TooLarge("9 GB of 8 GB a device")
+                raise probing._TooLarge("9 GB, but a device has 8 GB")
             return rates[layout.members_per_vmap]
 
         monkeypatch.setattr(probing, "_block_rate", rate)
@@ -132,11 +132,13 @@ class TestBlock:
         choice = choose_block(both.members, Options(1), RulePools(both.members), said.append)
         assert (choice.layout, list(choice.rates)) == (Layout(1, 1, best, "plain"), [1, 2, 3, 6][:tried])
         assert said[1] == "probing group g0: 2 member(s) at a time"
-        assert choice.text.startswith(f"members_per_vmap={best} chosen by a probe: examples/s 100 by 1, 200 by 2")
-        assert choice.text.endswith("; 3 need 9 GB of 8 GB a device") == (3 not in made_up)
+        assert choice.text.startswith(f"members_per_vmap={best} chosen by a probe: examples/s 100 with 1, 200 with 2")
+        assert choice.text.endswith("; 3 member(s) need 9 GB, but a device has 8 GB") == (3 not in made_up)
 
     def test_one_at_a_time_that_does_not_fit_is_refused(self, rates):
-        with pytest.raises(BadInput, match=r"--members_per_vmap=1: 1 need 9 GB of 8 GB a device; lower --config.b"):
+        with pytest.raises(
+            BadInput, match=r"--members_per_vmap=1: 1 member\(s\) need 9 GB, but a device has 8 GB; lower --config.b"
+        ):
             choose_block(sweep().members, Options(1), RulePools(sweep().members))
 
     def test_the_rate_is_that_of_all_members(self, monkeypatch):
@@ -170,7 +172,9 @@ class TestBlock:
         choice = choose_block(sweep().members, Options(1), RulePools(sweep().members))
         assert list(choice.rates) == [1] and len(runs) == (1 if failure == "account" else 2)
         assert choice.too_large == (
-            "2 need 10 GB of 8 GB a device" if failure == "account" else "2 need more memory than there is"
+            "2 member(s) need 10 GB, but a device has 8 GB"
+            if failure == "account"
+            else "2 member(s) need more memory than is available"
         )
 
 
@@ -191,7 +195,8 @@ class TestBlockOfARun:
         run(sweep(), tmp_path, Options(1), progress=False, keep_params=False)
         assert self.probed == [(3, 1), (3, 2), (3, 3)]
         assert (
-            "members_per_vmap=3 chosen by a probe: examples/s 100 by 1, 200 by 2, 300 by 3" in capsys.readouterr().err
+            "members_per_vmap=3 chosen by a probe: examples/s 100 with 1, 200 with 2, 300 with 3"
+            in capsys.readouterr().err
         )
         text = (tmp_path / "config.json").read_text()
         (cohort,) = json.loads(text)["cohorts"]
@@ -210,8 +215,8 @@ class TestBlockOfARun:
         assert not self.probed and "block_rates" not in (tmp_path / "config.json").read_text()
 
     def test_is_a_guess_in_a_plan(self):
-        assert "1 member(s) per vmap (a guess: a probe chooses at the first launch)" in plan(sweep()).text
-        assert "guess:" not in plan(sweep(), Options(members_per_vmap=1)).text
+        assert "1 member(s) per vmap (a guess; the first launch chooses by a probe)" in plan(sweep()).text
+        assert "guess;" not in plan(sweep(), Options(members_per_vmap=1)).text
         assert not self.probed
 
 

@@ -95,10 +95,10 @@ def test_a_finished_run_is_read_back_not_repeated(finished):
 
 def test_another_run_in_the_same_directory_is_refused_by_its_differences(finished):
     other = Sweep.grid(tiny(width=32, epochs=3.0), seeds=2, dev_tests=16, tests=24, instructions=[4, 16])
-    with pytest.raises(BadInput, match=r"differs in width \(16 there, 32 asked for\), epochs \(") as refusal:
+    with pytest.raises(BadInput, match=r"a different run \(width: 16 saved, 32 requested; epochs: ") as refusal:
         run(other, finished[1], Options(devices=2), progress=False)
     assert "members_per_vmap" not in str(refusal.value)
-    with pytest.raises(BadInput, match=r"differs in instructions \(4,16 there, 4 asked for\);"):
+    with pytest.raises(BadInput, match=r"a different run \(instructions: 4,16 saved, 4 requested\);"):
         run(dataclasses.replace(sweep(), members=sweep().members[:2]), finished[1], Options(devices=2), progress=False)
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_config_is_one_line(tmp_path):
 def test_a_family_too_small_leaves_nothing_behind(tmp_path):
     small = tiny(family="repeated", k_min=2, k_max=2, instructions=64)
     with pytest.raises(
-        BadInput, match=r"500 held-out rules|\d+ held-out rules were asked for, but the family has only"
+        BadInput, match=r"500 held-out rules|\d+ held-out rules were requested, but the family has only"
     ):
         run(Sweep((), (Member(small, 0),), 16, 500), tmp_path / "new" / "run", progress=False)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
@@ -133,7 +133,7 @@ def test_a_family_too_small_leaves_nothing_behind(tmp_path):
         (Options(data_parallel=0), "--data_parallel=0: must be at least 1"),
         (Options(members_per_vmap=0), "--members_per_vmap=0: must be at least 1"),
         (Options(attention="flash"), "--attention=flash: must be one of plain, cudnn"),
-        (Options(attention="cudnn"), "--attention=cudnn: needs an NVIDIA GPU; here is cpu"),
+        (Options(attention="cudnn"), "--attention=cudnn: needs an NVIDIA GPU; the backend is cpu"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, why):
@@ -145,8 +145,8 @@ def test_a_layout_that_does_not_fit_is_refused(options, why):
     "change, why",
     [
         ({}, "--attention=cudnn: needs --config.precision=bfloat16"),
-        ({"precision": "bfloat16", "input_length_min": 4}, "--attention=cudnn: needs strings of one length each"),
-        ({"precision": "bfloat16", "width": 24, "heads": 6}, "--attention=cudnn: needs heads of size 8, 16, … or 128"),
+        ({"precision": "bfloat16", "input_length_min": 4}, "--attention=cudnn: needs prompts of one fixed length"),
+        ({"precision": "bfloat16", "width": 24, "heads": 6}, "--attention=cudnn: needs a head size of 8, 16, … or 128"),
         ({"precision": "bfloat16"}, None),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_one_kernel_for_attention_cannot_do_is_refused_on_a_gpu_too(change,
 def test_a_layout_that_was_left_open_is_kept(finished, tmp_path):
     """The choice of the first launch stands, whatever this machine would choose; a finished run needs no layout."""
     assert run(sweep(), finished[1], progress=False).results
-    with pytest.raises(BadInput, match="differs in devices"):
+    with pytest.raises(BadInput, match=r"a different run \(devices: "):
         run(sweep(), finished[1], Options(devices=1), progress=False)
     shutil.copy(finished[1] / "config.json", tmp_path)  # an unfinished run
     run(sweep(), tmp_path, progress=False)
@@ -181,7 +181,7 @@ def test_a_field_that_an_older_run_lacks_had_its_default(finished, tmp_path):
     assert run(sweep(), tmp_path, progress=False, keep_params=False).results
 
 
-def test_overwrite_starts_anew(finished, tmp_path):
+def test_overwrite_starts_from_scratch(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     other = Sweep.grid(tiny(epochs=1.0), seeds=1, dev_tests=16, tests=24, instructions=[4])
     run(other, tmp_path / "run", progress=False, overwrite=True, keep_params=False)
@@ -203,7 +203,7 @@ def test_every_name_is_read_back_as_text(finished):
 
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_a_seed_that_no_key_can_have_is_refused(seed):
-    with pytest.raises(BadInput, match="a seed is"):
+    with pytest.raises(BadInput, match="seeds must be"):
         Sweep("x", (Member(TINY, seed),)).validate()
 
 
@@ -256,6 +256,7 @@ def test_from_a_notebook_in_under_ten_lines():
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.params))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [8, pytest.param(512, marks=pytest.mark.slow)])
 def test_the_paper_preset_runs_three_steps_at_full_shape(batch_size):
     """Papers' model, strings and rule table of a million; one member, and by default a small batch: this is a CPU."""
@@ -271,7 +272,7 @@ def test_the_paper_preset_runs_three_steps_at_full_shape(batch_size):
 
 
 def test_a_chunk_has_its_own_seconds_where_dispatch_waits_for_it(monkeypatch):
-    """As on CPU: a chunk may run while it is dispatched. A made-up clock goes on by 10 with every one."""
+    """As on CPU: a chunk may run while it is dispatched. A fake clock advances by 10 with each."""
     from instrdiv.training.members import Trainer
 
     now, advance = [0.0], Trainer.advance

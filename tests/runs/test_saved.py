@@ -1,4 +1,4 @@
-"""Run directories: going on, cohorts, what is refused, and reading checkpoints back."""
+"""Run directories: resuming, cohorts, what is refused, and reading checkpoints back."""
 
 import dataclasses
 import json
@@ -54,14 +54,14 @@ class StopAfter:
 @pytest.mark.parametrize("readings", [2, 3])
 def test_a_signal_saves_and_the_same_call_goes_on_byte_equal(whole, tmp_path, readings, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"stopped and saved: group g0, step \d+ of 16. The same command"):
+    with pytest.raises(Interrupted, match=r"Checkpoint saved at group g0, step \d+ of 16. Rerun the same command"):
         run(sweep(), tmp_path / "run", schedule=Schedule(clock=StopAfter(readings)), **EVERY_CHUNK)
     assert signal.getsignal(signal.SIGTERM) is before
     saved = SavedRun(tmp_path / "run")
     (step,) = saved.steps(saved.groups[0])
-    assert 0 < step < 16 and "SIGTERM: what runs is finished and saved first" in capsys.readouterr().err
+    assert 0 < step < 16 and "SIGTERM received: finishing the current chunk" in capsys.readouterr().err
     run(sweep(), tmp_path / "run", **EVERY_CHUNK)
-    assert f"goes on from step {step}" in capsys.readouterr().err
+    assert f"resuming from step {step}" in capsys.readouterr().err
     for name in TABLES:
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
     elapsed = [row["elapsed_seconds"] for row in read_table(tmp_path / "run" / "timings.csv")]
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(whole, tmp_path, c
         file.write_bytes(file.read_bytes()[:-40])
     run(sweep(), tmp_path / "run", **EVERY_CHUNK)
     said = capsys.readouterr().err
-    assert "checkpoints/g0/16 is damaged" in said and "goes on from step 12" in said
+    assert "checkpoints/g0/16 is damaged" in said and "resuming from step 12" in said
     for name in TABLES:
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
@@ -119,7 +119,7 @@ def test_more_members_are_a_cohort_of_their_own(whole, tmp_path):
     assert scores[0][len(before) :] == scores[1]
     # The same command again reads it back; the smaller sweep is now another run.
     assert len(run(sweep(instructions=(4, 8, 16), seeds=3), path, **EVERY_CHUNK).results) == len(after)
-    with pytest.raises(BadInput, match=r"instructions \(4,16,8 there, 4,16 asked for\), seed \(0,1,2 there, 0,1"):
+    with pytest.raises(BadInput, match=r"instructions: 4,16,8 saved, 4,16 requested; seed: 0,1,2 saved, 0,1"):
         run(sweep(), path, **EVERY_CHUNK)
 
 
@@ -147,7 +147,7 @@ def test_other_rules_than_those_trained_on_are_refused(whole, tmp_path, monkeypa
     shutil.copytree(whole, path)
     (path / "results.csv").unlink()
     monkeypatch.setattr("instrdiv.tasks.strings.rules.RuleTable.digest", "another")
-    with pytest.raises(BadInput, match="was trained on other rules"):
+    with pytest.raises(BadInput, match="was trained on different instructions"):
         run(sweep(), path, **EVERY_CHUNK)
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(whole, tmp_path, monkeypatch)
         return dataclasses.replace(checkpoint, arrays=checkpoint.arrays | {name: checkpoint.arrays[name][:, 1:]})
 
     monkeypatch.setattr(Checkpoints, "read", changed)
-    with pytest.raises(BadInput, match=r"the checkpoint of step 16 does not fit: params.params.embedding is"):
+    with pytest.raises(BadInput, match=r"checkpoint of step 16 does not match this run: params.params.embedding is"):
         run(sweep(), path, **EVERY_CHUNK)
 
 
@@ -204,14 +204,14 @@ def test_members_that_come_later_are_computed_as_those_that_are_there(whole, tmp
     monkeypatch.setattr(Options, "_check_attention", lambda *args: None)
     *_, cohort = RunDirectory.check(path, sweep(seeds=3), Options(), overwrite=False)
     assert cohort.layout.attention == "cudnn" and len(cohort.members) == 2
-    with pytest.raises(BadInput, match=r"attention .cudnn there, plain asked for."):
+    with pytest.raises(BadInput, match=r"attention: cudnn saved, plain requested"):
         RunDirectory.check(path, sweep(), Options(attention="plain"), overwrite=False)
 
 
 def test_a_run_on_a_kernel_that_this_machine_lacks_is_one_line(whole, tmp_path):
     path = edited(whole, tmp_path / "run", attention="cudnn")
     (path / "results.csv").unlink()
-    with pytest.raises(BadInput, match="--attention=cudnn: needs an NVIDIA GPU; here is cpu"):
+    with pytest.raises(BadInput, match="--attention=cudnn: needs an NVIDIA GPU; the backend is cpu"):
         run(sweep(), path, Options(), progress=False)
 
 
@@ -219,7 +219,9 @@ def test_fewer_devices_than_the_run_was_laid_out_on_are_one_line(whole, tmp_path
     path = edited(whole, tmp_path / "run", devices=64)
     (path / "results.csv").unlink()
     assert SavedRun(path).devices == 64 and SavedRun.at(tmp_path) is None
-    with pytest.raises(BadInput, match=r"config.json: lays out group g0 otherwise than .*--devices=64: this machine"):
+    with pytest.raises(
+        BadInput, match=r"config.json: the saved layout of group g0 does not fit .*--devices=64: this machine"
+    ):
         run(sweep(), path, progress=False, keep_params=False)
 
 
@@ -235,7 +237,7 @@ def test_a_launch_that_came_and_went_between_check_and_lock_is_seen(whole, tmp_p
             run(sweep(seeds=3), path, **EVERY_CHUNK)
 
     monkeypatch.setattr(module, "RulePools", Meanwhile)
-    with pytest.raises(BadInput, match=r"holds another run, which differs in seed \(0,1,2 there, 0,1,3 asked for\)"):
+    with pytest.raises(BadInput, match=r"already contains a different run \(seed: 0,1,2 saved, 0,1,3 requested\)"):
         members = (*sweep().members, dataclasses.replace(sweep().members[0], seed=3))
         run(dataclasses.replace(sweep(), members=members), path, **EVERY_CHUNK)
     assert len(SavedRun(path).sweep.members) == 6
@@ -249,13 +251,13 @@ def test_checkpoints_of_other_members_are_refused(whole, tmp_path):
     (path / "results.csv").unlink()
     text = (path / "config.json").read_text()
     (path / "config.json").write_text(text.replace('"learning_rate": 0.002', '"learning_rate": 0.005'))
-    with pytest.raises(BadInput, match=r"g0: holds checkpoints of other members"):
+    with pytest.raises(BadInput, match=r"g0: contains checkpoints of different members"):
         run(sweep(learning_rate=5e-3), path, **EVERY_CHUNK)
 
 
 def test_after_overwrite_the_message_says_how_to_go_on(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(Interrupted, match=r"The same command, without --overwrite, goes on from there"):
+    with pytest.raises(Interrupted, match=r"Rerun the same command without --overwrite to resume"):
         run(sweep(), tmp_path / "run", overwrite=True, schedule=Schedule(clock=StopAfter(2)), **EVERY_CHUNK)
 
 
@@ -283,7 +285,7 @@ class TestParams:
 
     def test_what_is_not_there_is_said(self, whole, tmp_path):
         saved = SavedRun(whole)
-        with pytest.raises(BadInput, match=r"--step=5: .* has no such checkpoint; saved are 4, 8, 12, 16"):
+        with pytest.raises(BadInput, match=r"--step=5: .* has no such checkpoint; saved steps: 4, 8, 12, 16"):
             saved.params(saved.groups[0], 5)
         with pytest.raises(BadInput, match="holds no run"):
             SavedRun(tmp_path)
@@ -297,7 +299,7 @@ class TestParams:
             saved.params(saved.groups[0], 16)
         assert Checkpoints(tmp_path / "run/checkpoints/g0").steps() == [4, 8, 12, 16]  # reading sets nothing aside
         lines = []
-        assert saved.params(saved.groups[0], say=lines.append)[0] == 12 and "that of step 12 is used" in lines[0]
+        assert saved.params(saved.groups[0], say=lines.append)[0] == 12 and "using step 12 instead" in lines[0]
         with pytest.raises(BadInput, match="damaged"):  # not older parameters beside the tables of the last step
             run(sweep(), tmp_path / "run", Options(devices=2), progress=False)
 

@@ -62,8 +62,8 @@ def test_each_report_can_be_read_at_once(tmp_path):
             assert read(tmp_path) == expected(metrics(range(1, step + 1)))
 
 
-def test_a_run_that_goes_on_starts_the_directory_anew(tmp_path):
-    """The interrupted run came to step 3; it goes on from a checkpoint at step 2, and another sweep's curves go."""
+def test_a_resumed_run_replaces_the_directory(tmp_path):
+    """The interrupted run reached step 3; it resumes from a checkpoint at step 2, and another sweep's curves go."""
     other = [Member(tiny(width=32), 7)]
     for members in (other, MEMBERS):
         write(tmp_path, metrics([1, 2, 3], members), members=members)

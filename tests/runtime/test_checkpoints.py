@@ -84,7 +84,7 @@ def test_a_save_that_is_under_way_is_not_waited_for(checkpoints):
 
 def test_saving_a_step_twice_is_an_error_not_a_silent_nothing(checkpoints):
     save(checkpoints, 3)
-    with pytest.raises(BadInput, match=r"step 3 cannot be written .*; the last whole one is that of step 3"):
+    with pytest.raises(BadInput, match=r"step 3 cannot be written .*; the last intact one is step 3"):
         checkpoints.save(3, state(3), RECORD)
 
 
@@ -193,7 +193,7 @@ def test_a_write_that_fails_is_one_line_and_deletes_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "g0"], capture_output=True, text=True)
     error, steps = done.stdout.strip().splitlines()
     assert "Traceback" not in done.stderr
-    assert "the checkpoint of step 3 cannot be written" in error and "the last whole one is that of step 2" in error
+    assert "the checkpoint of step 3 cannot be written" in error and "the last intact one is step 2" in error
     assert steps == "[1, 2]"
     assert_is(Checkpoints(tmp_path / "g0").latest(), 2)
 

@@ -83,7 +83,7 @@ def test_a_progress_bar_sees_a_terminal_where_there_is_one(terminal):
     os.close(ours)
     assert process.wait() == 0
     shown, kept = said.decode().split("ended exit status 1 ")
-    assert ("\x1b[2K" in shown) == terminal  # the bar is drawn anew, or there are lines
+    assert ("\x1b[2K" in shown) == terminal  # the bar is redrawn, or there are lines
     assert "\x1b" not in kept and "a note" in kept
     assert [kept.count(f"step {i}:") for i in range(4)] == ([0, 0, 0, 1] if terminal else [1, 1, 1, 1])
 
@@ -121,7 +121,7 @@ def test_a_reader_that_leaves_stops_the_command_which_may_save(tmp_path):
     assert path.exists() and time.monotonic() - started < 30
 
 
-def test_lines_that_were_drawn_anew_are_there_once():
+def test_redrawn_lines_appear_once():
     frame = "━━━ {} %\r\nstep {}\r"
     drawn = "\x1b[?25lplan\r\n" + "\r\x1b[2K\x1b[1A\x1b[2K".join(frame.format(i, i) for i in range(5)) + "\r\n"
     assert on_screen(drawn + "\x1b[31merror\x1b[0m\n") == ["plan", "━━━ 4 %", "step 4", "error"]

@@ -1,4 +1,4 @@
-"""A task of the tests' own, as a user would write one: sort a word by an order of the letters that is told.
+"""A task for the tests, written as a user would write one: sort a word by a given order of the letters.
 
 ``cadb # abcd # cadb $``: the order, the word, and the word sorted. Words may vary in length.
 """
@@ -23,7 +23,7 @@ from instrdiv.tasks.tokens import SPECIAL, answer_tokens, prompt_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Orders(Instructions):
-    """Letters in their order, uint8 [N, letters]."""
+    """Orders of the letters, uint8 [N, letters]."""
 
     letters: np.ndarray
 

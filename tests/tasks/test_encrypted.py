@@ -23,7 +23,7 @@ SMALL = EncryptedSetting(
 
 
 def parts(row):
-    """Key, pattern, replacement and input of a prompt, as they stand there."""
+    """Key, pattern, replacement and input of a prompt, still encrypted."""
     fields = dict(line.split(":") for line in row.instruction.splitlines() if line != "Answer:")
     assert row.instruction.endswith("\nAnswer:")
     pattern, replacement = fields["Rule"].split(" ->")
@@ -91,7 +91,7 @@ def test_what_is_kept_is_a_part_of_the_whole_set():
     assert set(counts["all"]) == {10} and set(counts["half_even"]) == {5}
     uneven = counts["half_uneven"]
     assert uneven.sum() == 60 and uneven.max() <= 10
-    assert uneven.std() > 2 * 1.0, "most of what is dropped comes from some of the rules"
+    assert uneven.std() > 2 * 1.0, "most dropped examples belong to a few of the rules"
 
 
 @pytest.mark.parametrize("instructions,examples", [(1, 2), (7, 100), (100, 200), (50, 1001)])
@@ -126,7 +126,7 @@ def test_plain_rows_have_no_key_and_the_same_split():
     for row in [*trained, *tested]:
         key, pattern, replacement, text = parts(row)
         assert key == "" and row.response == text.replace(pattern, replacement, 1)
-    assert [parts(row)[3] for row in tested] == [parts(row)[3] for row in unseen], "only the cipher is gone"
+    assert [parts(row)[3] for row in tested] == [parts(row)[3] for row in unseen], "only the cipher is missing"
     strings = {part for row in trained for part in parts(row)[1:3]}
     assert not strings & {part for row in tested for part in parts(row)[1:3]}
 

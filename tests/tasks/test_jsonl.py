@@ -31,7 +31,7 @@ from instrdiv.tasks.strings.rewriting import Rewriting
 from instrdiv.tasks.task import Task
 from instrdiv.training.population import stack_group
 
-#: Letters of all kinds: of one byte and of more, those that stand for tokens, and those that end a line for Python.
+#: All kinds of characters: single-byte and multi-byte, those that denote special tokens, and Python's line ends.
 ODD = 'ab_#$é日𝄞\u2028\x85\x0c\n\r\t"\\\ue000 ,0'
 
 
@@ -43,7 +43,7 @@ def write(path, rows, end="\n", encoding="utf-8"):
 
 
 def random_rows(seed, instructions=12, most=7):
-    """Rows of instructions that have one to ``most`` of them, some twice, some with an input of another's."""
+    """Rows of instructions with one to ``most`` rows each, including duplicates and one input with two answers."""
     rng = random.Random(seed)
 
     def text(longest, shortest=0):
@@ -76,7 +76,7 @@ def texts_of(setting, table):
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def world(request, tmp_path_factory):
-    """Rows of a file, a setting, and what it trains and tests on, split by split."""
+    """Rows of a file, a setting, and the rows of each split that it trains and tests on."""
     number, rows = request.param, random_rows(request.param, instructions=24)
     path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
     setting = setting_of_file(path, instructions=8 + number, held_out_share=0.3, test_rows=0.4)
@@ -85,7 +85,7 @@ def world(request, tmp_path_factory):
 
 
 class TestRows:
-    """What a model is trained and tested on, read off its tokens, is what the file says."""
+    """The rows that a model is trained and tested on, decoded from its tokens, match the file."""
 
     def test_every_row_is_one_of_the_files(self, world):
         rows, _, splits = world
@@ -134,7 +134,7 @@ class TestRows:
         kept = {row for row in rows if row[0] in {t[0] for t in trained} and row not in trained}
         assert len(kept) > len({row[0] for row in kept})
         counts = Counter(row for row in splits["seen"] if row in kept)
-        assert set(counts) == kept, "also where 8 instructions have 2 such rows each: turns must not be in step"
+        assert set(counts) == kept, "8 instructions with 2 such rows each must not cycle through them in step"
 
 
 files = st.dictionaries(
@@ -167,7 +167,7 @@ class TestSplit:
         assert len(held_out) == min(max(2, round(share * len(file))), len(file) - 1)
         size = rng.randint(1, most)
         assert texts_of(task, source.pool(seed, size)) == whole[:size], "pools are nested"
-        assert set(texts_of(task, source.pool(seed + 1, most))) == set(whole), "a seed decides the order alone"
+        assert set(texts_of(task, source.pool(seed + 1, most))) == set(whole), "a seed determines only the order"
 
         there = {name: len(set(of)) for name, of in file.items()}
         dev, final = source.tests(1, 1)
@@ -179,7 +179,7 @@ class TestSplit:
 
     @staticmethod
     def everything(source, task, held_out, there):
-        """Which held-out instructions each split can have, found by asking for more and more."""
+        """The held-out instructions that each split can contain, found by requesting more and more tests."""
         found = []
         for side in (0, 1):
             seen = set()
@@ -192,7 +192,7 @@ class TestSplit:
         return found
 
     def test_how_many_tests_are_asked_for_moves_no_instruction(self, tmp_path):
-        """``--tests`` of ``experiments.evaluate`` may differ from the run's: unseen stays apart from unseen_dev."""
+        """``--tests`` of ``experiments.evaluate`` may differ from the run's; unseen and unseen_dev stay disjoint."""
         rows = [(f"do {i}", text, text) for i in range(30) for text in ("a", "b", "c")]
         task = JsonLines(data=write(tmp_path / "rows.jsonl", rows), held_out_share=0.4)
         most = texts_of(task, task.source.tests(4, 24)[1])
@@ -208,7 +208,7 @@ class TestSplit:
         assert texts_of(task, task.source.tests(1, 1)[1]) == GOLDEN["unseen"]
 
     def test_members_share_shapes_though_instructions_differ_in_rows(self, tmp_path):
-        """Pools of two seeds go into one array, whichever instructions they have."""
+        """Pools of several seeds are stacked into one array, whichever instructions they contain."""
         rows = [(f"do {i}", str(j), "x") for i in range(9) for j in range(1 + i)]
         setting = setting_of_file(write(tmp_path / "rows.jsonl", rows), instructions=2)
         members = [Member(setting, seed) for seed in range(4)]
@@ -224,9 +224,9 @@ class TestSplit:
         source = JsonLines(data=write(tmp_path / "rows.jsonl", rows)).source
         alike = JsonLines(data=write(tmp_path / "alike.jsonl", [("a" * n, "b", "c") for n in range(1, 9)])).source
         keys = alike.pool(0, 6).joined([alike.held_out(2)]).keys()
-        assert len(np.unique(keys)) == 8, "a is the token that pads, so that lengths alone tell these apart"
+        assert len(np.unique(keys)) == 8, "a is the padding token, so only the lengths distinguish these"
         final = source.tests(1, 2)[1]
-        assert len(JsonLines.testable(source.pool(0, 4), final)) == 2, "rows of one instruction are tests of their own"
+        assert len(JsonLines.testable(source.pool(0, 4), final)) == 2, "each row of an instruction is a separate test"
         assert len(JsonLines.testable(final, final)) == 0
         assert JsonLines.resemblance(source.pool(0, 4), final, 9)["instruction_seen"] == 0
         assert len(source.none()) == 0 and len(source.none().joined([final])) == 2
@@ -272,7 +272,7 @@ class TestFiles:
         assert read_corpus(path) is before
         write(tmp_path / "rows.jsonl", [*self.ROWS[:3], ("c", "\u2028y\x85", "\n!")])
         assert read_corpus(path) != before and task.source != source
-        assert task.source.pool(0, 1).digest != table.digest, "whichever row it is that changed"
+        assert task.source.pool(0, 1).digest != table.digest, "whichever row changed"
 
     def test_sizes_are_those_of_the_file(self, tmp_path):
         task = JsonLines(data=write(tmp_path / "rows.jsonl", self.ROWS))
@@ -297,7 +297,7 @@ class TestFiles:
             ('["instruction", "input", "answer"]\n', "line 1 is not an object"),
             ('"text"\n', "line 1 is not an object"),
             ("7\n", "line 1 is not an object"),
-            ('{"instruction": "a", "input": 7, "answer": "c"}\n', "line 1: instruction, input, answer must be texts"),
+            ('{"instruction": "a", "input": 7, "answer": "c"}\n', "line 1: instruction, input, answer must be strings"),
             ('{"instruction": "a", "input": "b", "answer": null}\n', "line 1: instruction, input, answer must be"),
             ('{"instruction": "", "input": "b", "answer": "c"}\n', "line 1: instruction, input, answer must be"),
             ('{"instruction": "\\ud800", "input": "b", "answer": "c"}\n', "line 1"),
@@ -321,9 +321,9 @@ class TestFiles:
         small = ["--config.instructions=4,8", "--tests=1", "--dev_tests=1"]
         for more, words in (
             (["--config.instructions=4,9", "--tests=1", "--dev_tests=1"],
-             "9 training instructions were asked for, but the file has only 8; lower --config.instructions"),
+             "9 training instructions were requested, but the file has only 8; lower --config.instructions"),
             (["--config.instructions=4,8", "--tests=3", "--dev_tests=1"],
-             "3 held-out rows were asked for, but 1 of the held-out instructions"),
+             "3 held-out rows were requested, but this split has only"),
             ([*small, "--config.test_rows=1"], "--config.test_rows=1: must be between 0 and 1"),
             ([*small, "--config.held_out_share=0"], "--config.held_out_share=0: must be in"),
         ):  # fmt: skip
@@ -332,12 +332,12 @@ class TestFiles:
             assert said.startswith(("error: --config.", "error: flag --config.")), said
             assert words in said and said.count("\n") == 1, said
         assert launch(jsonl_instructions.FIGURE, ["--preset=smoke"]) == 2
-        assert capsys.readouterr().err.startswith("error: --config.data: must be given")
+        assert capsys.readouterr().err.startswith("error: --config.data: must name a JSON Lines file")
         assert not (tmp_path / "run").exists()
         source = JsonLines(data=path).source
         with pytest.raises(BadInput, match=r"^--config\.data=.*has only 8"):
             take(source, 9, 0)
-        with pytest.raises(BadInput, match=r"lower --tests and --dev_tests, or bring more data$"):
+        with pytest.raises(BadInput, match=r"lower --tests and --dev_tests, or provide more data$"):
             take_tests(source, 1, 9)
 
 
@@ -360,11 +360,11 @@ def finished(rows, tmp_path_factory):
 
 
 class TestRun:
-    """``experiments.jsonl_instructions`` on a small file with everything odd in it."""
+    """``experiments.jsonl_instructions`` on a small file with all kinds of odd characters."""
 
     @pytest.fixture
     def again(self, finished, tmp_path):
-        """A copy of the run that a test may change, and the flags that go on with it."""
+        """A copy of the run that a test may modify, and the flags to resume it."""
         shutil.copytree(finished / "run", tmp_path / "run")
         return tmp_path / "run", [*TINY, f"--config.data={finished / 'rows.jsonl'}", f"--run_dir={tmp_path / 'run'}"]
 
@@ -411,7 +411,7 @@ class TestRun:
         assert set(vocabulary) > {c for row in rows for part in row for c in part}
 
     def test_where_the_curve_crosses_one_half_there_is_a_threshold(self, finished):
-        """By the run's own rows, with the exact match of one that has learned it."""
+        """Uses the run's own rows, with the exact match of a model that has learned the task."""
         results = read_table(finished / "run" / "results.csv")
         learned = [row | {"exact_match": 0.1 if row["instructions"] == 3 else 0.9} for row in results]
         ((label, found),) = labeled_thresholds(learned, ["instructions"], JsonLines.headline)
@@ -422,7 +422,7 @@ class TestRun:
 
     @pytest.mark.parametrize("what", ["a trained row", "a held-out row"])
     def test_a_file_that_changed_is_refused(self, finished, again, rows, what, capsys):
-        """Resumed or evaluated, a run never mixes two files."""
+        """Neither resuming nor evaluating a run mixes two files."""
         here, flags = again
         trained = set(texts_of(*trained_of(here)))
         place = next(i for i, row in enumerate(rows) if (row[0] in trained) == (what == "a trained row"))
@@ -436,11 +436,13 @@ class TestRun:
             (here / "results.csv").unlink()
             assert launch(jsonl_instructions.FIGURE, flags) == 2
             said = capsys.readouterr().err.splitlines()[-1]
-            assert said.startswith("error: ") and "was trained on other rules" in said and "--overwrite" in said
+            assert (
+                said.startswith("error: ") and "was trained on different instructions" in said and "--overwrite" in said
+            )
             (here / "results.csv").write_bytes(results)
             assert evaluate.launch([f"--run_dir={here}", "--devices=1"]) == 2
             said = capsys.readouterr().err.splitlines()[-1]
-            assert said.startswith("error: ") and "was trained on other rules" in said
+            assert said.startswith("error: ") and "was trained on different instructions" in said
             assert (here / "results.csv").read_bytes() == results
         finally:
             (finished / "rows.jsonl").write_bytes(original)
@@ -455,7 +457,7 @@ def trained_of(here):
 
 
 def test_places_beyond_the_rows_come_round(tmp_path):
-    """``make_input`` against plain Python, for places of training and of tests."""
+    """``make_input`` against plain Python, for training and test indices."""
     rows = [("do", str(j), "x") for j in range(5)] + [("one", "a", "b"), ("two", "c", "d")]
     for split_seed in range(20):
         task = JsonLines(data=write(tmp_path / "rows.jsonl", rows), split_seed=split_seed, test_rows=0.4)
@@ -470,7 +472,7 @@ def test_places_beyond_the_rows_come_round(tmp_path):
         assert int(task.make_input(task.shape, {}, one, np.int32(place))[0][0]) == inputs[place % 3]
         test = task.test_key(None, np.int32(place))
         assert int(task.make_input(task.shape, {}, one, test)[0][0]) in inputs[3:]
-    numbers = range(0, 800, 8)  # those that one of 8 instructions gets
+    numbers = range(0, 800, 8)  # the test numbers that one of 8 instructions gets
     tests = Counter(int(task.make_input(task.shape, {}, one, task.test_key(None, np.int32(n)))[0][0]) for n in numbers)
     assert set(tests) == set(inputs[3:]) and min(tests.values()) > 30
     single = {"trained": np.int32(1), "rows": np.int32(1)} | {n: one[n] for n in one if n not in ("trained", "rows")}

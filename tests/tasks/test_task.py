@@ -1,4 +1,4 @@
-"""What every task gets from the seam: drawn instructions, shapes, tokens, words, mistakes, and how tasks are found."""
+"""What ``Task`` provides: drawn instructions, shapes, tokens, words, kinds of error, and how tasks are found."""
 
 import dataclasses
 import itertools
@@ -51,19 +51,19 @@ class TestDrawnSource:
 
     @pytest.mark.parametrize("share", [0.05, 0.2, 0.7])
     def test_one_side_or_the_other_for_ever(self, share):
-        """All 720 orders: each is drawn as training or held out, never both, whatever seed, size and other fields."""
+        """Each of all 720 orders is either for training or held out, regardless of seed, size and other fields."""
         source = LetterOrder(held_out_share=share).source
         apart = set(orders_of(source.held_out(int(720 * share * 0.7))))
         for seed, size in ((0, 10), (1, 100), (2**31 - 1, int(720 * (1 - share) * 0.7))):
             assert not apart & set(orders_of(source.pool(seed, size)))
         other = LetterOrder(held_out_share=share, backward=True, longest=9, shortest=2, same_share=0.5).source
-        assert not apart & set(orders_of(other.pool(5, 20))), "other fields, other draws, the same side"
+        assert not apart & set(orders_of(other.pool(5, 20))), "other fields change the draws, not the side"
         everything = Orders(np.array(list(itertools.permutations(range(6))), np.uint8))
         held_out = source._is_held_out(everything)
         assert abs(held_out.mean() - share) < 5 * (share * (1 - share) / 720) ** 0.5
         assert apart <= set(orders_of(everything[held_out]))
         whole = set(orders_of(source.pool(0, int((~held_out).sum()))))
-        assert whole == set(orders_of(everything[~held_out])), "every order of a side turns up at last"
+        assert whole == set(orders_of(everything[~held_out])), "every order of a side is eventually drawn"
 
     def test_the_splits_seed_moves_the_split(self):
         everything = Orders(np.array(list(itertools.permutations(range(6))), np.uint8))
@@ -80,7 +80,7 @@ class TestDrawnSource:
         assert SMOKE.with_task(LetterOrder(held_out_share=0.3)).source != source
 
     def test_instructions_are_the_same_for_ever(self):
-        """Golden values: a run that is resumed in a year is trained on what it began with."""
+        """Golden values: a run that is resumed in a year still trains on the same instructions."""
         source = LetterOrder().source
         assert source.pool(0, 64).digest == GOLDEN["pool"]
         assert source.pool(1, 64).digest == GOLDEN["other seed"]
@@ -89,7 +89,7 @@ class TestDrawnSource:
 
     def test_too_few_is_one_line_that_names_a_flag_and_a_remedy(self):
         source = LetterOrder(letters=3).source  # 6 orders
-        with pytest.raises(TooFew, match=r"^7 training instructions were asked for, but only [1-6] distinct ones"):
+        with pytest.raises(TooFew, match=r"^7 training instructions were requested, but only [1-6] distinct ones"):
             source.pool(0, 7)
         with pytest.raises(BadInput, match=r"^--config.held_out_share=0.2: 7 training.*lower --config.instr"):
             take(source, 7, seed=0)
@@ -110,7 +110,7 @@ GOLDEN = {
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(Instructions):
-    """Two arrays of unlike type."""
+    """Two arrays of different dtypes."""
 
     words: np.ndarray
     lengths: np.ndarray
@@ -156,7 +156,7 @@ class TestInstructions:
 
 @dataclasses.dataclass(frozen=True)
 class Wider(Sizes):
-    """Sizes with one of a task's own, on which the prompt depends, perhaps."""
+    """Sizes with a task-specific one, on which the prompt may depend."""
 
     order: int = 4
 
@@ -177,11 +177,11 @@ class TestCommonShape:
         assert Task.common_shape([Sizes(9, 5, 3)]) == Sizes(9, 5, 3)
 
     def test_sizes_of_a_tasks_own_are_not_mixed(self):
-        """How they go together, only the task knows; one that holds all others is theirs."""
+        """Only the task knows how to combine them; if one shape covers all others, it is the common one."""
         small, large = Wider(9, 5, 3), Wider(9, 7, 3, order=6)
         assert Task.common_shape([small, small]) == small
         assert Task.common_shape([small, large]) == dataclasses.replace(large, ragged=True)
-        with pytest.raises(NotImplementedError, match="common_shape: say what shape"):
+        with pytest.raises(NotImplementedError, match="common_shape: define a shape"):
             Task.common_shape([Wider(9, 7, 3, order=2), Wider(9, 5, 3, order=6)])
 
 
@@ -268,7 +268,7 @@ class TestWords:
 
     @pytest.mark.parametrize("task", [LetterOrder(), LetterOrder(shortest=1), Rewriting()])
     def test_examples_of_the_device_read_as_what_they_are(self, task):
-        """Every character has a token and every token a character; a row fits its shape."""
+        """Characters and tokens correspond one to one; a row fits its shape."""
         shape, key = task.shape, jax.random.key(0)
         assert len(set(task.characters)) == len(task.characters) == shape.vocabulary
         rule = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), take(task.source, 1, 0).arrays())
@@ -286,7 +286,7 @@ class TestClassify:
     @given(st.lists(st.tuples(*[st.lists(st.integers(3, 5), max_size=3)] * 2, st.data()), min_size=1, max_size=8))
     @A_FEW
     def test_against_brute_force(self, answers):
-        """Whatever lies past the ends; an answer that never ends is longer than any."""
+        """Tokens after the end do not matter; an answer without an end has the wrong length."""
         right, decoded, expected = [], [], []
         for a, b, data in answers:
             rows = [[*row, END, *data.draw(st.lists(st.integers(0, 5), min_size=3, max_size=3))] for row in (a, b)]
@@ -309,7 +309,7 @@ def test_held_out_instructions_that_were_trained_or_come_twice_are_not_tested():
 
 
 class TestHeldOut:
-    """What suites test of a task whose instructions are drawn."""
+    """Tests of the held-out suite, for a task whose instructions are drawn."""
 
     def subject(self, tests=16, dev_tests=16, **changes):
         own = SMOKE.with_task(LetterOrder(), instructions=4)
@@ -354,9 +354,9 @@ class TestTasks:
         class Impostor(Task):
             name = "letter_order"
 
-        with pytest.raises(ValueError, match="Impostor: there is another task called letter_order"):
+        with pytest.raises(ValueError, match="Impostor: the name letter_order is taken"):
             register(Impostor)
-        assert register(LetterOrder) is LetterOrder, "the same one again, such as a file that is loaded twice"
+        assert register(LetterOrder) is LetterOrder, "registering the same task twice, as when a file is loaded twice"
         assert task.TASKS["letter_order"] is LetterOrder
 
         class Nameless(LetterOrder):
@@ -370,18 +370,18 @@ class TestTasks:
         class Impostor(Task):
             name = "jsonl"
 
-        with pytest.raises(ValueError, match=r"Impostor: there is another task called jsonl, instrdiv\.tasks\.jsonl"):
+        with pytest.raises(ValueError, match=r"Impostor: the name jsonl is taken by the task in instrdiv\.tasks"):
             register(Impostor)
 
     @pytest.mark.parametrize(
         "made, said",
         [
-            ({"field": ("width", field(5, "letters", kind=TABLE))}, "width is what every task has"),
-            ({"field": ("seed", field(7, "of a shuffle", kind=TABLE))}, "seed is what every task has"),
-            ({"field": ("steps", field(7, "of a machine", kind=TABLE))}, "steps is what every task has"),
-            ({"parts": ("order", "decoded")}, "decoded is what every task has"),
-            ({"field": ("letters", field(5, "letters"))}, "say the kind of letters"),
-            ({"field": ("letters", 5)}, "say the kind of letters"),
+            ({"field": ("width", field(5, "letters", kind=TABLE))}, "the name width is reserved"),
+            ({"field": ("seed", field(7, "of a shuffle", kind=TABLE))}, "the name seed is reserved"),
+            ({"field": ("steps", field(7, "of a machine", kind=TABLE))}, "the name steps is reserved"),
+            ({"parts": ("order", "decoded")}, "the name decoded is reserved"),
+            ({"field": ("letters", field(5, "letters"))}, "field letters needs a kind"),
+            ({"field": ("letters", 5)}, "field letters needs a kind"),
         ],
         ids=["shared field", "column", "property", "part", "no kind", "no field"],
     )
@@ -406,7 +406,7 @@ class TestTasks:
             assert task_of(row) is type(setting).task_type()
         assert task_of(["figure", "exact_match", *SMOKE.columns()]) is Task
         older = [name for name in Setting().as_row() if name != "near_miss_fraction"]
-        assert task_of(older) is Rewriting, "a table that was written before a field was added"
+        assert task_of(older) is Rewriting, "a table written before a field was added"
 
     def test_of_two_tasks_that_share_columns_the_one_without_missing_ones_is_meant(self):
         from instrdiv.runtime.fields import TABLE, field
@@ -467,7 +467,7 @@ class TestLoadFile:
         assert load_file("my_task_file.py") is module
 
     def test_a_launcher_that_is_imported_already_is_taken_as_it_is(self):
-        """As in a notebook that imports a task and then calls ``experiments.evaluate`` with ``--task``."""
+        """For example, in a notebook that imports a task and then calls ``experiments.evaluate`` with ``--task``."""
         module = sys.modules[LetterOrder.__module__]
         assert load_file(module.__file__) is module and find_task("letter_order") is LetterOrder
 
@@ -476,7 +476,7 @@ class TestLoadFile:
             (tmp_path / folder).mkdir()
             (tmp_path / folder / "task.py").write_text(self.TASK)
         load_file(str(tmp_path / "a" / "task.py"))
-        with pytest.raises(BadInput, match=r"another task called of_a_file, .*/a/task\.py"):
+        with pytest.raises(BadInput, match=r"the name of_a_file is taken by the task in .*/a/task\.py"):
             load_file(str(tmp_path / "b" / "task.py"))
 
     @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ class TestLoadFile:
         assert not {file.stem, str(file.resolve())} & set(sys.modules)
 
     def test_a_file_does_not_stand_in_for_another_module(self, tmp_path):
-        """A task in ``json.py`` must not become the ``json`` that everybody imports."""
+        """A task in ``json.py`` must not replace the standard ``json`` module."""
         import json
 
         (tmp_path / "json.py").write_text(self.TASK)

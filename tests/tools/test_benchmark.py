@@ -1,4 +1,4 @@
-"""The command as a user types it, on the smallest preset."""
+"""The command line, on the smallest preset."""
 
 import importlib.util
 import json
@@ -19,14 +19,15 @@ def command(*flags):
     return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.thorough
 def test_measures_ours_and_peers_in_turns(tmp_path):
-    """Without PyTorch, it is in the table as missing."""
+    """Without PyTorch, the table lists it as missing."""
     folder = tmp_path / "out"
     done = command("--only=population,sampling,gpt2_eager_fp32", f"--out={folder}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     names = {path.name for path in folder.iterdir()}
     assert names == {"benchmark.json", "benchmark.csv", "benchmark.png", "targets.md"}
-    assert "round 2 of 2" in done.stderr and "| compile, one program a group | any |" in done.stdout
+    assert "round 2 of 2" in done.stderr and "| compile, one program per group | any |" in done.stdout
 
     found = json.loads((folder / "benchmark.json").read_text())
     assert found["machine"]["usable_cores"] == len(found["machine"]["devices"]) == found["ceilings"]["devices"]
@@ -42,7 +43,7 @@ def test_measures_ours_and_peers_in_turns(tmp_path):
         assert eager["status"].startswith("missing: pip install") and not eager["samples"]
     places = [[sample["place"] for sample in contender["samples"]] for contender in measured]
     count = len(measured)
-    assert places == [[place, (place - 1) % count] for place in range(count)]  # the second round begins with the second
+    assert places == [[place, (place - 1) % count] for place in range(count)]  # the second round starts with the second
     assert all(c["status"] == "ok" and c["examples_per_second"] > 0 for c in measured)
 
 

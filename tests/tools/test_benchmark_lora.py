@@ -1,9 +1,11 @@
-"""The command as a user types it, on the smallest preset."""
+"""The command line, on the smallest preset."""
 
 import importlib.util
 import json
 import subprocess
 import sys
+
+import pytest
 
 from tests.tools.test_benchmark import ENVIRONMENT, ROOT
 
@@ -13,8 +15,9 @@ def command(*flags):
     return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.thorough
 def test_measures_a_population_and_its_rivals_in_turns(tmp_path):
-    """Without PyTorch or PEFT, that peer is in the table as missing."""
+    """Without PyTorch or PEFT, the table lists that peer as missing."""
     done = command(f"--out={tmp_path / 'out'}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"benchmark.json", "benchmark.csv", "benchmark.png"}
@@ -30,7 +33,7 @@ def test_measures_a_population_and_its_rivals_in_turns(tmp_path):
         else:
             assert contender["status"].startswith("missing: pip install")
 
-    # The base is held once, however many members there are: on the device, and among the arguments of the program.
+    # There is one copy of the base, however many members: on the device, and among the arguments of the program.
     memory = found["memory"]
     together, alone = memory["population"], memory["one_at_a_time"]
     assert together["state"] == 2 * alone["state"]

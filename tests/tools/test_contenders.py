@@ -1,4 +1,4 @@
-"""Our contenders run what a run runs, and count no more than it is worth."""
+"""Our contenders use the code of a real run, and count examples correctly."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_tokens_are_those_of_the_rows_without_padding():
     assert fixed.tokens == make_groups(fixed.members)[0].shape.sequence
     ragged = world(input_length_min=4, no_op_fraction=0.5)
     tokens, mask = ragged.rows(256)
-    # What may vary: an input of 4 or 5 letters, and the answer with it.
+    # The input has 4 or 5 letters, and so does the answer.
     assert make_groups(ragged.members)[0].shape.sequence - 2 < ragged.tokens < fixed.tokens
     assert ragged.tokens == pytest.approx((tokens != PAD).sum(1).mean()) and mask.shape == (256, 6)
 
@@ -54,7 +54,7 @@ def test_idle_members_do_not_count():
 
 
 def test_a_population_trains_as_a_run_does():
-    """Two calls of the contender leave the members where a trainer with the same chunks leaves them."""
+    """Two calls of the contender produce the same state as a trainer with the same chunks."""
     w = world(2)
     ready = contenders.population(w, 8, "muon", 1, 2).set_up()
     trained = ready.call.__self__
@@ -75,7 +75,7 @@ def test_one_at_a_time_is_a_group_of_one_on_one_device():
 
 
 def test_sampling_makes_every_example_of_every_step():
-    """What it adds up are the tokens and masks of the examples that the chunk trains on."""
+    """Its result is the sum of the tokens and masks of the examples that the chunk trains on."""
     w = World(tiny(epochs=4.0), 2, seconds=1e9)  # chunks of 8 steps
     ready = contenders.sampling(w, 8, 1, 2).set_up()
     assert ready.examples == 2 * 8 * 8

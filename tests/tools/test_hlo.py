@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on a text small enough to count by hand, and on real ones."""
+"""The parser of compiled programs, on a text small enough to count by hand, and on a real program."""
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class TestByHand:
         assert kernels["taken"].instruction.scope == "jit(f)/forward/row"
 
     def test_bytes(self, kernels):
-        """A row of a table is read, not the table; a library's workspace is not moved; a loop goes around."""
+        """A slice counts as the row it takes; a library's workspace does not count; loop bodies count per trip."""
         assert kernels["taken"].bytes == 16 + 4 + 16
         assert kernels["product"].bytes == kernels["lib"].bytes == 2 * 48 + 32
         assert kernels["sum"].bytes == 32
@@ -96,7 +96,7 @@ class TestByHand:
 
 
 def test_a_real_program_agrees_with_xla():
-    """The compiler's own account of arithmetic, and of the bytes of kernels that stand by themselves."""
+    """FLOPs and bytes agree with the compiler's cost analysis."""
 
     def f(x, w):
         return jnp.tanh(x @ w) @ w.T

@@ -1,4 +1,4 @@
-"""What the inspector says of a tiny group, and how it refuses."""
+"""The inspector's output for a tiny group, and its errors."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def found():
 
 
 def test_arithmetic_is_what_was_counted(found):
-    """Within the optimizer's and the answer-only layer's small change: nothing is computed twice, or not counted."""
+    """Nothing is computed twice or left uncounted, up to small differences of the optimizer and the last layer."""
     (products,) = found["flops"]["products"].values()
     assert products == pytest.approx(found["flops"]["counted"], rel=0.15)
     assert found["tokens"] == 4 * (2 + 2 + 5 + 5 + 4)  # half a batch of `p # r # input # answer $`

@@ -1,4 +1,4 @@
-"""Turns: who is sampled when, what is counted, and what becomes of a contender that fails."""
+"""Turns: the order of samples, what they count, and the handling of contenders that fail."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from tools.measuring import Contender, NotRun, Outcome, Ready, Sample, ratio, ta
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for ``clock.now +=``."""
+    """A fake clock that advances only by ``clock.now +=``."""
 
     class Clock:
         now = 0.0
@@ -21,7 +21,7 @@ def clock(monkeypatch):
 
 
 def contender(clock, log, name="a", seconds=0.5, first=0.0, fails_at=None, **ready):
-    """Takes so many seconds a call, more the first time; notes its calls, and raises at one of them."""
+    """Takes ``seconds`` per call, ``first`` more on the first one; logs its calls, and raises at call ``fails_at``."""
     count = itertools.count(1)
 
     def call():
@@ -87,7 +87,7 @@ def test_what_cannot_be_set_up_says_why_and_is_not_sampled(clock):
 
 
 def test_one_that_fails_in_a_round_keeps_its_samples_and_the_others_go_on(clock):
-    failing = prepared(clock, [], seconds=2.0, fails_at=4)  # the third is its first sample
+    failing = prepared(clock, [], seconds=2.0, fails_at=4)  # the third call is its first sample
     other = prepared(clock, [], "other")
     take_turns([failing, other], 3)
     assert failing.status == "failed: MemoryError: out of memory"
@@ -102,7 +102,7 @@ def test_a_turn_that_does_not_fit_into_the_time_left_is_not_begun(clock):
 
 
 def test_a_ratio_compares_within_rounds():
-    """Both are half as fast in the second round: the ratio does not see it; nor a round that only one has."""
+    """Both are half as fast in the second round, which cancels in the ratio; a round that only one has is ignored."""
 
     def outcome(*seconds):
         samples = [Sample(round, 0, s, 10, 0.0) for round, s in enumerate(seconds)]
@@ -113,7 +113,7 @@ def test_a_ratio_compares_within_rounds():
 
 
 def test_other_processes_are_the_whole_machine_without_the_idle_and_without_this_one(clock, monkeypatch, tmp_path):
-    """/proc/stat counts user, nice, system, idle, waiting, interrupts, soft interrupts, stolen; in ticks."""
+    """/proc/stat counts user, nice, system, idle, iowait, irq, softirq and steal time, in ticks."""
     statistics = iter(
         ["cpu  100 20 30 900 900 1 2 7 50 50\ncpu0 9 9", "cpu  300 20 30 999 999 1 2 107 90 90\ncpu0 9 9"]
     )

@@ -1,4 +1,4 @@
-"""The table of parity: what it tells of a family, that it would tell a difference, and what is committed."""
+"""The parity table: the row of a family, that differences are detected, and the committed table."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ DIFFERENCES = ("logits", "left_padded", "right_padded", "cache", "peft_read", "p
 @pytest.fixture(autouse=True)
 def _needs():
     for package in ("torch", "transformers", "peft"):
-        pytest.importorskip(package, reason="is compared with")
+        pytest.importorskip(package, reason="needed for the comparison")
 
 
 def test_a_row_of_the_table(tmp_path):

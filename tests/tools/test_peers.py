@@ -1,4 +1,4 @@
-"""Peers do our task, in our shape; one that is not there says what to install."""
+"""Peers train on our task, in our shape; a peer that is missing says what to install."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ class TestHostLoader:
             assert text.endswith("$") and (pattern, replacement) in rules
             assert pattern in string and answer == instrdiv.rewrite(pattern, replacement, string)
             letters |= {string.find(pattern)}
-        assert letters == set(range(7 - shape.pattern + 1))  # planted at every place
+        assert letters == set(range(7 - shape.pattern + 1))  # planted at every position
 
     def test_goes_on_with_other_rows(self):
         w = world()
@@ -77,7 +77,7 @@ class TestPyTorch:
         return pytest.importorskip("torch")
 
     def test_has_our_shape(self):
-        """As many parameters as ours, where ours has GPT-2's norms, biases and head."""
+        """As many parameters as ours, if ours has GPT-2's norms, biases and head."""
         from transformers import GPT2LMHeadModel
 
         w = world(norm="layernorm", biases=True, tied_head=True, activation="gelu", layers=2)
@@ -104,7 +104,7 @@ class TestPyTorch:
         assert [outcome.samples[0].examples / outcome.calls for outcome in outcomes] == [8, 24]
 
     def test_an_ensemble_of_equals_takes_the_steps_of_one(self, torch, monkeypatch):
-        """Two members with one model's weights and rows: their stacked parameters stay what that model's become."""
+        """Two members start with a single model's weights and rows: both keep its parameters throughout training."""
         from transformers import GPT2LMHeadModel
 
         made, stepped = [], []

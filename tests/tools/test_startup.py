@@ -1,4 +1,4 @@
-"""The clock stops at the first line that tells of a step; a launcher that ends before it is an error."""
+"""The clock stops at the first line that reports a step; a launcher that exits before it is an error."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tools import startup
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """Stands in for figure 2a: says these lines, and leaves a file in the cache that it was given."""
+    """A stand-in for figure 2a: prints these lines, and creates the cache directory that it was given."""
 
     def write(*lines):
         (tmp_path / "stand_in.py").write_text(

@@ -117,7 +117,7 @@ def test_logits_of_the_whole_batch_are_never_held():
 
 
 def test_the_base_is_not_kept_once_more_for_the_backward_pass():
-    """Dequantized kernels are made anew: those of all layers together would be several times the base."""
+    """Kernels are dequantized layer by layer: those of all layers together would be several times the base."""
     config = dataclasses.replace(CONFIG, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=256)
     weights = worlds.weights(config)
     kernels = {n: {"kernel": quantize(p["kernel"])} if n in BLOCK_LINEAR else p for n, p in weights["layers"].items()}
@@ -340,9 +340,9 @@ def test_ids_are_stable():
         ({"recipe": {"attention": "cudnn"}}, "--config.attention=cudnn: needs an NVIDIA GPU"),
         ({"recipe": {"clip": float("nan")}}, "--config.clip=nan"),
         ({"member": {"learning_rate": float("inf")}}, "--learning_rate=inf"),
-        ({"member": {"seed": -1}}, "a seed is a whole number"),
+        ({"member": {"seed": -1}}, "seeds must be whole numbers"),
         ({"data": {"loss_mask": np.zeros((5, 12), bool)}}, "have no response"),
-        ({"data": {"tokens": np.full((5, 12), 40)}}, "have the token 40, the model has 40"),
+        ({"data": {"tokens": np.full((5, 12), 40)}}, "have token 40, but the model's vocabulary has 40"),
         ({"data": {"tokens": np.zeros((5, 11), np.int32)}}, "rows are 11 and 12 tokens long"),
     ],
 )
@@ -362,7 +362,7 @@ def test_layouts_that_do_not_come_out_even():
         make_mesh(4, 3)
     with pytest.raises(BadInput, match="--data_parallel=8: must divide the 4 rows"):
         trainer(mesh=make_mesh(8, 8))
-    with pytest.raises(BadInput, match="two members are the same"):
+    with pytest.raises(BadInput, match="two members are identical"):
         trainer(members=[MEMBERS[0]] * 3)
 
 

@@ -99,7 +99,7 @@ def test_who_asks_to_stop_is_saved_first(events):
     stop = StopRequest(print)
     one, _ = loop(events, 8, saving=Saving(Saves(events), EverySix(), dict, stop))
     stop.requested = True
-    with pytest.raises(Interrupted, match=r"stopped and saved: group g7, step 2 of 8\. The same command goes on"):
+    with pytest.raises(Interrupted, match=r"Checkpoint saved at group g7, step 2 of 8\. Rerun the same command"):
         one.run()
     assert events == ["advance to 2", "report 2 compiled", "save 2 {}", "wait"]
 

@@ -1,6 +1,7 @@
 """The step against plain numpy, the mask, the schedule, the optimizers, frozen members, and compilations."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -41,7 +42,8 @@ class TestLoss:
 
         batch = batch_of(group, tables, data, indices)
         decoder = make_decoder(group)
-        logits = decoder.apply(state.params, batch.tokens[:, :-1], batch.padding, answer_only=False)
+        apply = jax.jit(functools.partial(decoder.apply, answer_only=False))
+        logits = apply(state.params, batch.tokens[:, :-1], batch.padding)
         log_probability = np.asarray(jax.nn.log_softmax(logits))
         losses = []
         for row, tokens in enumerate(np.asarray(batch.tokens)):

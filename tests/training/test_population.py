@@ -1,6 +1,8 @@
 """Groups, the finite training set, and the independence of members from how they are laid out."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,6 @@ from tools.inspect_program import replica_groups
 
 #: Enough for eight devices, with batches that eight can share; of ragged rows: devices do not have equally many tokens.
 MANY = members(8, reports=8, input_length_min=2)
-
-
-def params_of(trainer, row=0):
-    return [np.asarray(leaf)[row] for leaf in jax.tree.leaves(trainer.state.params)]
 
 
 class TestGroups:
@@ -156,67 +154,73 @@ def on_device(population):
     return group, tables, jax.tree.map(lambda leaf: leaf[0], data)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Losses and exact matches of the first two chunks on one device, and what became of a member."""
-    run = trainer(MANY)
-    metrics = [run.advance(), run.advance()]
-    assert np.ptp([m.loss for m in metrics]) > 1e-2  # so that agreement means something
-    return [m.loss for m in metrics], [m.exact_match for m in metrics], params_of(run, 3)
+class Trained(NamedTuple):
+    """Two chunks of ``MANY``, or of the first of them, on some layout."""
+
+    losses: list[np.ndarray]
+    exact_matches: list[np.ndarray]
+    params: list[np.ndarray]
+    text: str
+
+
+@functools.cache
+def trained(layout, count):
+    """Compiles each layout once, for what it computes and for the text of its program."""
+    run = trainer(MANY[:count], *layout)
+    program = run.train_chunk = run.train_chunk.lower(*run.chunk_arguments()).compile()
+    metrics = jax.device_get([run.advance(), run.advance()])
+    params = [np.asarray(leaf) for leaf in jax.tree.leaves(run.state.params)]
+    return Trained([m.loss for m in metrics], [m.exact_match for m in metrics], params, program.as_text())
+
+
+#: (devices, data_parallel, members_per_vmap)
+ONE = (1, 1, 1)
+LAYOUTS = [(2, 1, 1), (8, 1, 1), (2, 2, 1), (4, 2, 2), (8, 8, 1)]
 
 
 class TestLayout:
-    def test_a_member_is_bitwise_the_same_alone_among_4_and_among_8(self):
-        population = members(8)
-        runs = [trainer(population[:count]) for count in (1, 4, 8)]
-        for run in runs:
-            metrics = [run.advance(), run.advance()]
-            run.loss = [np.asarray(m.loss)[0] for m in metrics]
-        for run in runs[1:]:
-            assert run.loss == runs[0].loss
-            for alone, among in zip(params_of(runs[0]), params_of(run), strict=True):
-                np.testing.assert_array_equal(alone, among)
+    @pytest.mark.parametrize("count", [1, 4])
+    def test_a_member_is_bitwise_the_same_alone_among_4_and_among_8(self, count):
+        among, few = trained(ONE, 8), trained(ONE, count)
+        np.testing.assert_array_equal(np.array(among.losses)[:, :count], few.losses)
+        for many, some in zip(among.params, few.params, strict=True):
+            np.testing.assert_array_equal(many[:count], some)
 
     def test_members_together_under_vmap_agree_closely(self):
-        population = members(4)
-        apart, together = trainer(population), trainer(population, members_per_vmap=4)
-        np.testing.assert_allclose(apart.advance().loss, together.advance().loss, atol=1e-4)
+        apart, together = trained(ONE, 4), trained((1, 1, 4), 4)
+        np.testing.assert_allclose(apart.losses[0], together.losses[0], atol=1e-4)
 
-    @pytest.mark.parametrize("devices, data_parallel", [(2, 1), (4, 1), (8, 1), (2, 2), (8, 4), (8, 8)])
-    def test_devices_agree(self, alone, devices, data_parallel):
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_devices_agree(self, layout):
         """1 to 8 devices: losses to 1e-4 in the first steps, parameters closely; the examples are the same."""
-        losses, exact, params = alone
-        many = trainer(MANY, devices, data_parallel)
-        for loss, share in zip(losses, exact, strict=True):
-            metrics = many.advance()
-            np.testing.assert_allclose(metrics.loss, loss, atol=1e-4)
-            np.testing.assert_allclose(metrics.exact_match, share, atol=1e-6)
-        for a, b in zip(params, params_of(many, 3), strict=True):
+        one, many = trained(ONE, 8), trained(layout, 8)
+        assert np.ptp(one.losses) > 1e-2  # so that agreement means something
+        np.testing.assert_allclose(many.losses, one.losses, atol=1e-4)
+        np.testing.assert_allclose(many.exact_matches, one.exact_matches, atol=1e-6)
+        for a, b in zip(one.params, many.params, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-3)
 
-    @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-    def test_members_never_communicate(self, devices):
-        assert not collectives(trainer(MANY, devices=devices))
-
-    @pytest.mark.parametrize("devices, data_parallel, members_per_vmap", [(2, 2, 1), (4, 2, 2), (8, 4, 1), (8, 8, 1)])
-    def test_data_parallel_reduces_once_a_step_along_data(self, devices, data_parallel, members_per_vmap):
-        """All gradients, the loss and the counts in one all-reduce, in the loop over the steps, and nothing else."""
-        run = trainer(MANY, devices, data_parallel, members_per_vmap)
-        ((reduction, in_step),) = collectives(run)
-        assert reduction.kind == "collective" and reduction.instruction.opcode == "all-reduce" and in_step
-        assert len(reduction.operands) == len(jax.tree.leaves(run.state.params)) + len(("loss", "exact", "tokens"))
-        assert replica_groups(reduction) in rows_of_the_mesh(devices, data_parallel), replica_groups(reduction)
+    @pytest.mark.parametrize("layout", [ONE, *LAYOUTS])
+    def test_members_never_communicate_and_data_parallel_reduces_once_a_step(self, layout):
+        """All gradients, the loss and the counts in one all-reduce along data, in the loop over the steps; no more."""
+        devices, data_parallel, _ = layout
+        one = trained(layout, 8)
+        found = collectives(one.text)
+        assert len(found) == (data_parallel > 1)
+        for reduction, in_step in found:
+            assert (reduction.kind, reduction.instruction.opcode, in_step) == ("collective", "all-reduce", True)
+            assert len(reduction.operands) == len(one.params) + len(("loss", "exact", "tokens"))
+            assert replica_groups(reduction) in rows_of_the_mesh(devices, data_parallel), replica_groups(reduction)
 
     def test_idle_members_change_nothing(self):
-        population = members(3)
-        padded, whole = trainer(population, devices=2), trainer(population, devices=1)
-        assert padded.size == 4 and whole.size == 3
-        np.testing.assert_allclose(np.asarray(padded.advance().loss)[:3], whole.advance().loss, atol=1e-4)
+        padded = trainer(MANY[:3], devices=2)
+        assert padded.size == 4
+        np.testing.assert_array_equal(np.asarray(padded.advance().loss)[:3], trained(ONE, 8).losses[0][:3])
 
 
-def collectives(run):
-    """The kernels of the compiled chunk that communicate, and whether each is in the loop over the steps."""
-    program = Program.parse(run.train_chunk.lower(*run.chunk_arguments()).compile().as_text())
+def collectives(text):
+    """The kernels of a compiled chunk that communicate, and whether each is in the loop over the steps."""
+    program = Program.parse(text)
     step = {kernel.instruction for kernel in program.kernels(program.step)}
     assert program.step != program.entry and len(step) > 100
     kernels = program.kernels(program.entry)

@@ -74,11 +74,11 @@ def test_what_is_there_is_not_made_again_and_not_mistaken(base):
     said = []
     make_base(path, dataclasses.replace(SETTING, instructions=3, keys=3), SMALL, make_mesh(), said.append)
     assert not said and (path / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(BadInput, match="another alphabet_size"):
+    with pytest.raises(BadInput, match="a different alphabet_size"):
         make_base(path, dataclasses.replace(SETTING, alphabet_size=7), SMALL, make_mesh(), said.append)
-    with pytest.raises(BadInput, match="another small"):
+    with pytest.raises(BadInput, match="a different small"):
         make_base(path, SETTING, dataclasses.replace(SMALL, seed=5), make_mesh(), said.append)
-    with pytest.raises(BadInput, match="holds no base of ours"):
+    with pytest.raises(BadInput, match="does not contain a base trained by this command"):
         make_base(path.parent, SETTING, SMALL, make_mesh(), said.append)
 
 

@@ -1,1 +1,1 @@
-"""String rewriting: letters, rules, examples, suites and mistakes, and the task they make."""
+"""String rewriting: letters, rules, examples, suites, mistakes, and the task built from them."""

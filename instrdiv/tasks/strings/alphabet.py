@@ -1,4 +1,4 @@
-"""Letters and tokens: what a string is, for people and for the model.
+"""Letters and tokens: how strings are represented for people and for the model.
 
 Letters are the integers 0..size-1, shown as ``a..z`` then ``A..Z`` and ``0..9``. Rule tables hold letters.
 Tokens are what the model reads: three special tokens, then the letters shifted past them. A sequence is
@@ -22,7 +22,7 @@ LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 
 @dataclasses.dataclass(frozen=True)
 class Alphabet:
-    """The first ``size`` letters (the papers use 26, lower-case latin)."""
+    """The first ``size`` letters (the papers use 26, lowercase Latin)."""
 
     size: int = 26
 
@@ -51,6 +51,6 @@ class Alphabet:
         return "".join(self.letters[int(code)] for code in letters)
 
     def decode_tokens(self, tokens) -> str:
-        """The text of an integer array of tokens; special tokens show as ``_`` (pad), ``#`` and ``$`` (end)."""
+        """The text of an integer array of tokens; special tokens appear as ``_`` (padding), ``#`` and ``$`` (end)."""
         characters = SPECIAL + self.letters
         return "".join(characters[int(token)] for token in tokens)

@@ -1,12 +1,12 @@
-"""Examples as a pure function on device: (shape, knobs, rule, key) -> tokens.
+"""Examples as a pure function on the device: (shape, knobs, rule, key) -> tokens.
 
-Nothing is stored: example i of a data set is recomputed whenever it is visited. Each has exactly one of three ops:
+Nothing is stored: example i of a data set is recomputed whenever it is visited. Each is exactly one of three kinds:
 
-- *has-op*: the pattern is planted `occurrences` times at uniform, non-overlapping places in uniform letters;
-- *no-op*: uniform letters, drawn again until the pattern is certainly absent;
-- *near miss*, a no-op: like has-op, but what is planted is the pattern with one letter changed; drawn again likewise.
+- *has-op*: the pattern is planted `occurrences` times at random, non-overlapping positions in uniformly random letters;
+- *no-op*: uniformly random letters, redrawn until the pattern is absent;
+- *near miss*, a no-op: like has-op, but with one letter of the planted pattern changed; redrawn likewise.
 
-Chance occurrences are left as they fall: the answer is found by search, so it always is the leftmost one's.
+Chance occurrences stay: the answer is found by search, so it always rewrites the leftmost occurrence.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from instrdiv.tasks.tokens import answer_tokens, prompt_tokens
 
 @dataclasses.dataclass(frozen=True)
 class TaskShape:
-    """The static sizes of a task: everything that decides array shapes.
+    """The static sizes of a task, which determine all array shapes.
 
     Attributes:
       alphabet_size: number of letters.
       pattern, replacement, input: longest lengths.
       answer: longest answer, without its end token.
-      planted: most occurrences that are planted in one input.
-      ragged: some sequences are shorter than the longest, so that rows carry padding on the left.
+      planted: maximum number of occurrences planted in one input.
+      ragged: some sequences are shorter than the longest, so rows are padded on the left.
     """
 
     alphabet_size: int
@@ -55,17 +55,17 @@ class TaskShape:
 
     @property
     def prompt(self) -> int:
-        """Tokens before the answer, separators included. The answer starts at this position in every row."""
+        """Number of tokens before the answer, separators included. The answer starts at this position in every row."""
         return self.pattern + self.replacement + self.input + 3
 
     @property
     def sequence(self) -> int:
-        """Tokens of a whole row T: prompt, answer, end."""
+        """Number of tokens in a whole row, T: prompt, answer, end."""
         return self.prompt + self.answer + 1
 
 
 def common_shape(shapes: Sequence[TaskShape]) -> TaskShape:
-    """The smallest shape in which tasks of all these shapes (and one alphabet) fit."""
+    """The smallest shape that fits tasks of all these shapes (with one alphabet)."""
     largest = {
         name: max(getattr(shape, name) for shape in shapes)
         for name in ("pattern", "replacement", "input", "answer", "planted")
@@ -77,12 +77,12 @@ def common_shape(shapes: Sequence[TaskShape]) -> TaskShape:
 
 @struct.dataclass
 class Knobs:
-    """The traced settings of sampling, scalars except ``occurrences``; a population stacks them.
+    """The traced sampling settings, scalars except ``occurrences``; a population stacks them.
 
     Attributes:
       no_op_fraction: probability that an example is a no-op (float32).
       near_miss_fraction: probability that a no-op is a near miss (float32).
-      occurrences: int32 [C]; the number of planted patterns is one of the first ``choices`` entries, uniformly.
+      occurrences: int32 [C]; the number of planted patterns is drawn uniformly from the first ``choices`` entries.
       choices: int32.
       input_length_min, input_length_max: input lengths are uniform between them (int32).
     """
@@ -97,10 +97,10 @@ class Knobs:
 
 @struct.dataclass
 class Facts:
-    """What is known of an example (scalars; a batch has a leading axis).
+    """What is known about an example (scalars; a batch has a leading axis).
 
     Attributes:
-      occurrences: int32, how often the pattern really occurs in the input, overlaps included; 0 is a no-op.
+      occurrences: int32, how often the pattern actually occurs in the input, overlaps included; 0 for a no-op.
       near_miss: bool, a no-op that contains the pattern except for one letter.
     """
 
@@ -109,7 +109,7 @@ class Facts:
 
 
 def spell(shape: TaskShape, rule: Rules, text: jax.Array, length: jax.Array, near_miss: jax.Array) -> Example:
-    """The example of a rule and an input (see ``make_input``): prompt, answer, and what is known of them."""
+    """The example of a rule and an input (see ``make_input``): prompt, answer, and the facts about them."""
     answer, answer_length, found = rewrite_letters(
         rule.patterns,
         rule.pattern_lengths,
@@ -144,7 +144,7 @@ def make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> t
     planted = jnp.where(no_op & ~near_miss, 0, planted)
 
     def draw(attempt):
-        """A candidate input; the first attempt stands unless it must lack the pattern and does not."""
+        """A candidate input; only inputs that must lack the pattern ever need more than the first attempt."""
         bits = jax.random.bits(jax.random.fold_in(draw_key, attempt), (2 * shape.input + 2,), jnp.uint32)
         letters = _below(bits[: shape.input], shape.alphabet_size)
         # A near miss: one letter of the pattern becomes another one.
@@ -152,7 +152,7 @@ def make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> t
         other = (pattern + 1 + _below(bits[-2], shape.alphabet_size - 1)) % shape.alphabet_size
         word = jnp.where(near_miss & (jnp.arange(shape.pattern) == changed), other, pattern)
         starts = _places(bits[shape.input : 2 * shape.input], planted, pattern_length, length, shape.planted)
-        # The last start at or before each place says which letter of the word, if any, stands there.
+        # The last start at or before each position determines which letter of the word, if any, goes there.
         place_T = jnp.arange(shape.input)
         start_T = jnp.where(starts[None, :] <= place_T[:, None], starts[None, :], -shape.input - 1).max(1)
         offset_T = place_T - start_T
@@ -171,11 +171,11 @@ def make_input(shape: TaskShape, knobs: Knobs, rule: Rules, key: jax.Array) -> t
 
 
 def _places(bits: jax.Array, count: jax.Array, size: jax.Array, length: jax.Array, most: int) -> jax.Array:
-    """Starts of ``count`` non-overlapping words of this size, uniform over all such arrangements.
+    """Starts of ``count`` non-overlapping words of length ``size``, uniform over all such arrangements.
 
     Arrangements correspond to ``count``-subsets of ``length - count * (size - 1)`` slots: sort the chosen slots, then
-    let each word push the later ones ``size - 1`` places on. Unused entries of the result (int32 [most]) lie past the
-    text.
+    let each word shift the later ones by ``size - 1`` positions. Unused entries of the result (int32 [most]) lie past
+    the text.
     """
     slots = length - count * (size - 1)
     scores = jnp.where(jnp.arange(bits.shape[0]) < slots, (bits >> 1).astype(jnp.int32), -1)

@@ -1,10 +1,10 @@
-"""Families of strings: how much a string may mean (paper P2, arXiv 2410.04717, section 3.3).
+"""Families of strings: how constrained a string is (paper P2, arXiv 2410.04717, section 3.3).
 
 A family of order k (k divides the length L) has L/k free letters: *repeated* (k=3: aaabbbccc), *periodic*
-(k=2: abcabc), *mirrored* (k=3: abccbaabc). Order 1 of every family is *free*. Families nest, so two of them share
-strings: compare strings, never parameters.
+(k=2: abcabc), *mirrored* (k=3: abccbaabc). Order 1 of every family is *free*. Families overlap, so compare
+strings, never parameters.
 
-To add a family: a function, and a line ``register("name", expand)`` below (docs/extending.md).
+To add a family, write a function and a line ``register("name", expand)`` below (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAMILIES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {}
 
 
 def register(name: str, expand: Callable[[np.ndarray, int], np.ndarray]) -> None:
-    """Adds a family. ``expand`` maps free letters [N, L/k] and k to strings [N, L], one to one."""
+    """Registers a family. ``expand`` maps free letters [N, L/k] and k to strings [N, L], one to one."""
     FAMILIES[name] = expand
 
 

@@ -1,7 +1,7 @@
 """String rewriting: one step (in plain Python and in JAX), and whole Markov algorithms.
 
-The two one-step versions are each other's check: the plain one is what the papers define, the JAX one is what
-makes every training example.
+The two one-step versions check each other: the plain one is the papers' definition, the JAX one makes every training
+example.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def rewrite(pattern: str, replacement: str, text: str) -> str:
-    """``text`` with the leftmost occurrence of ``pattern`` replaced; ``text`` itself where there is none (a no-op).
+    """``text`` with the leftmost occurrence of ``pattern`` replaced; ``text`` itself if there is none (a no-op).
 
     >>> rewrite("aa", "bac", "caaba")
     'cbacba'
@@ -54,13 +54,13 @@ class MarkovAlgorithm:
         return text, True
 
     def run(self, text: str, max_steps: int = 10_000) -> str:
-        """Runs to the end. Raises RuntimeError where ``max_steps`` rewritings were not enough."""
+        """Runs to the end. Raises RuntimeError if ``max_steps`` rewriting steps are not enough."""
         for _ in range(max_steps):
             text, ended = self.step(text)
             if ended:
                 return text
         if any(pattern in text for pattern, _, _ in self.rules):
-            raise RuntimeError(f"no end after {max_steps} steps; the text is {len(text)} characters long")
+            raise RuntimeError(f"did not end after {max_steps} steps; the text is {len(text)} characters long")
         return text
 
 
@@ -72,7 +72,7 @@ def occurrences(pattern: jax.Array, pattern_length: jax.Array, text: jax.Array, 
       text: [T] letters, of which the first ``text_length`` (int32 scalar) count.
 
     Returns:
-      bool [T + 1]: an occurrence starts here. (Position T only matters to the empty pattern.)
+      bool [T + 1]: whether an occurrence starts here. (Position T only matters to the empty pattern.)
     """
     place_T = jnp.arange(text.shape[0] + 1)
     here_T = place_T + pattern_length <= text_length
@@ -91,27 +91,27 @@ def rewrite_letters(
     text_length: jax.Array,
     answer_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``rewrite`` on padded letter arrays with static shapes; to be used under ``vmap``.
+    """``rewrite`` on padded letter arrays with static shapes, for use under ``vmap``.
 
     Args:
-      pattern, replacement, text: [P], [R], [T] integer letters; what lies past each length is ignored.
+      pattern, replacement, text: [P], [R], [T] integer letters; anything past each length is ignored.
       pattern_length, replacement_length, text_length: int32 scalars.
       answer_size: static length A of the returned array; T + R always suffices.
 
     Returns:
       answer [A] (zeros past its length), answer_length (int32), and the number of occurrences of the pattern
-      (int32, overlaps included; 0 is a no-op).
+      (int32, overlaps included; 0 for a no-op).
     """
     found_T = occurrences(pattern, pattern_length, text, text_length)
     count = found_T.sum(dtype=jnp.int32)
-    # A no-op is a rewriting past the end of the text that inserts nothing.
+    # A no-op is a rewriting step past the end of the text that inserts nothing.
     start = jnp.where(count > 0, jnp.argmax(found_T), text_length).astype(jnp.int32)
     inserted = jnp.where(count > 0, replacement_length, 0)
     removed = jnp.where(count > 0, pattern_length, 0)
     length = text_length - removed + inserted
 
     place_A = jnp.arange(answer_size)
-    replacement = jnp.pad(replacement, (0, 1))  # so that there is something to index where replacements have no letters
+    replacement = jnp.pad(replacement, (0, 1))  # so that indexing works if all replacements are empty
     kept_A = text.at[jnp.where(place_A < start, place_A, place_A - inserted + removed)].get(mode="fill", fill_value=0)
     new_A = replacement.at[place_A - start].get(mode="fill", fill_value=0)
     in_replacement_A = (place_A >= start) & (place_A < start + inserted)

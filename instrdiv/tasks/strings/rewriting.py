@@ -20,7 +20,7 @@ from instrdiv.tasks.strings.mistakes import MISTAKES, classify
 from instrdiv.tasks.strings.suites import SUITES
 from instrdiv.tasks.task import Example, Measure, Task, register
 
-#: slice -> which tests belong to it. ``relation`` is bool [B, 2]: the rule's pattern (replacement) was trained on.
+#: Slice -> which tests belong to it. ``relation``, bool [B, 2]: whether the pattern (replacement) was trained on.
 SLICES = {
     "all": lambda facts, relation: True,
     "has_op": lambda facts, relation: facts.occurrences > 0,
@@ -36,7 +36,7 @@ SLICES = {
 @register
 @dataclasses.dataclass(frozen=True)
 class Rewriting(Task):
-    """What string rewriting can vary: which rules, which inputs."""
+    """The fields of string rewriting: which rules, and which inputs."""
 
     name: ClassVar[str] = "rewriting"
     parts: ClassVar[tuple[str, ...]] = ("pattern", "replacement", "input")
@@ -52,11 +52,11 @@ class Rewriting(Task):
         Measure("rule_seen", "rule\ntrained", percent=True),
         Measure("pattern_distance_mean", "letters from nearest\npattern"),
         Measure("replacement_distance_mean", "letters from nearest\nreplacement"),
-        Measure("rule_distance_min", "least letters\nfrom any rule", least=True),
+        Measure("rule_distance_min", "fewest letters\nfrom any rule", least=True),
     )
     measures_about: ClassVar[str] = (
-        "Of the {held_out:,.0f} rules of unseen, how many have a pattern, a replacement or both that were trained on; "
-        "and, for {compared:,.0f} of them, in how many letters the nearest trained one differs."
+        "The share of the {held_out:,.0f} rules in unseen whose pattern, replacement or both were trained on; and, for "
+        "{compared:,.0f} of them, the number of letters in which the nearest trained one differs."
     )
     site_about: ClassVar[str] = "The leftmost occurrence of the pattern"
     plain_tests: ClassVar[Mapping[str, Any]] = {"no_op_fraction": 0.0}
@@ -65,7 +65,7 @@ class Rewriting(Task):
         *("input_length", "pattern_length"),
     )
 
-    family: str = field("free", f"families of the strings, joined by '+': {', '.join(FAMILIES)}", kind=TABLE)
+    family: str = field("free", f"string families, joined by '+': {', '.join(FAMILIES)}", kind=TABLE)
     k_min: int = field(
         1, "lowest order k of the family", kind=TABLE, bound=lambda k: None if k >= 1 else "must be at least 1"
     )
@@ -73,10 +73,10 @@ class Rewriting(Task):
     pattern_length_min: int | None = field(None, "shortest pattern (default: pattern_length)", kind=TABLE)
     replacement_length_min: int | None = field(None, "shortest replacement (default: replacement_length)", kind=TABLE)
     held_out: str = field(
-        "pattern_and_replacement", "what of a held-out rule is never trained on", rules.HELD_OUT_PARTS, kind=TABLE
+        "pattern_and_replacement", "which part of a held-out rule is never trained on", rules.HELD_OUT_PARTS, kind=TABLE
     )
     held_out_share: float = field(
-        0.2, "share of all strings that is kept for held-out rules", kind=TABLE, bound=between(0.001, 0.999)
+        0.2, "share of all strings that is reserved for held-out rules", kind=TABLE, bound=between(0.001, 0.999)
     )
     no_op_fraction: float = field(
         0.0, "probability that an example's input lacks the pattern", kind=TRACED, bound=between(0, 1)
@@ -176,7 +176,7 @@ class Rewriting(Task):
 
     @staticmethod
     def testable(trained: rules.RuleTable, instructions: rules.RuleTable) -> rules.RuleTable:
-        """Those that are distinct, were never trained, and change what they apply to."""
+        """The rules that are distinct, were never trained on, and change the text they apply to."""
         return Task.testable(trained, instructions[~rules.same_strings(instructions)])
 
     @staticmethod
@@ -204,14 +204,14 @@ class Rewriting(Task):
         planted = sorted({_planted(row["occurrences"]) for row in rows})
         return (
             f"input {values('input_length')}, pattern {values('pattern_length')}, "
-            f"planted {planted[0] if len(planted) == 1 else 'as named'}."
+            f"planted {planted[0] if len(planted) == 1 else 'as labeled'}."
         )
 
     @property
     def about(self) -> str:
         return (
-            "It reads `pattern#replacement#input#` and continues with the input in which the\n"
-            "leftmost occurrence of the pattern is replaced, and `$`."
+            "It reads `pattern#replacement#input#` and continues with the input after replacing the\n"
+            "leftmost occurrence of the pattern, followed by `$`."
         )
 
     @classmethod
@@ -220,8 +220,8 @@ class Rewriting(Task):
         orders = any(set(setting.family.split("+")) != {"free"} for setting in settings)
         return (
             ("near_miss_fraction", 0, no_ops, "there are no no-ops; raise --config.no_op_fraction"),
-            ("k_min", 1, orders, "the family free has order 1 only; choose another --config.family"),
-            ("k_max", 1, orders, "the family free has order 1 only; choose another --config.family"),
+            ("k_min", 1, orders, "the family free has only order 1; choose another --config.family"),
+            ("k_max", 1, orders, "the family free has only order 1; choose another --config.family"),
         )
 
     def filled_in(self) -> dict[str, Any]:
@@ -240,13 +240,13 @@ class Rewriting(Task):
         if self.longest_replacement < 0:
             refuse("replacement_length", self.replacement_length, "must be at least 0")
         if self.longest_replacement > 250:
-            refuse("replacement_length", self.longest_replacement, "replacements have at most 250 letters")
+            refuse("replacement_length", self.longest_replacement, "replacements must have at most 250 letters")
         if not 1 <= self.shortest_pattern <= self.pattern_length:
             refuse("pattern_length_min", self.shortest_pattern, f"must be in 1..{self.pattern_length}")
         if not 0 <= self.shortest_replacement <= self.longest_replacement:
             refuse("replacement_length_min", self.shortest_replacement, f"must be in 0..{self.longest_replacement}")
         if any(name not in FAMILIES for name in self.family.split("+")):
-            refuse("family", self.family, f"families are {', '.join(FAMILIES)}, joined by '+'")
+            refuse("family", self.family, f"must be families joined by '+': {', '.join(FAMILIES)}")
         if self.k_max < self.k_min:
             refuse("k_max", self.k_max, f"must be at least --config.k_min={self.k_min}")
         for strings in (self.source.pattern, self.source.replacement):
@@ -265,21 +265,21 @@ class Rewriting(Task):
             refuse("occurrences", planted, "must be a list of positive numbers")
         room = self.shortest_input // self.pattern_length
         if max(self.occurrences) > room:
-            fit = f"at most {room} patterns of {self.pattern_length} fit into an input of {self.shortest_input}"
+            fit = f"at most {room} patterns of length {self.pattern_length} fit into {self.shortest_input} letters"
             refuse("occurrences", planted, fit)
-        # No-ops are drawn until one lacks the pattern, so that must not be rare.
+        # No-ops are redrawn until they lack the pattern, so that must not be rare.
         if self.no_op_fraction > 0 and self._absence() < 0.02:
             refuse(
                 "no_op_fraction",
                 self.no_op_fraction,
-                f"an input of {self.input_length} may almost never lack a pattern of {self.shortest_pattern}; "
+                f"{self.input_length} random letters may almost never lack a pattern of {self.shortest_pattern}; "
                 "use longer patterns, more letters or shorter inputs",
             )
 
     def _absence(self) -> float:
         """Probability that the longest input lacks the shortest pattern, for the pattern that is hardest to avoid.
 
-        That is one that cannot overlap itself; the strings without it obey a(n) = A a(n-1) - a(n-L).
+        That is one that cannot overlap itself; the number of strings without it is a(n) = A a(n-1) - a(n-L).
         """
         length, lacking = self.shortest_pattern, [1.0] * self.shortest_pattern
         for n in range(length, self.input_length + 1):
@@ -288,7 +288,7 @@ class Rewriting(Task):
 
 
 def _planted(occurrences: str | int) -> str:
-    """The setting's list in words: "1+1+1+2" is "once (75%) or 2 times (25%)"."""
+    """The setting's list in words: "1+1+1+2" becomes "once (75%) or 2 times (25%)"."""
     counts = Counter(str(occurrences).split("+"))
     words = {count: "once" if count == "1" else f"{count} times" for count in counts}
     total = counts.total()

@@ -1,14 +1,14 @@
-"""Rule tables, built exactly on the host: which rules are trained, and which are held out.
+"""Rule tables, built exactly on the host: which rules are trained on, and which are held out.
 
-**Held out by construction.** Every string (or, for the loosest split, every rule) is on one side, *training* or
-*held out*, by a fixed hash of its letters. Training rules and held-out rules are drawn from opposite sides, so they
-cannot meet, whatever the seed, the family or the number of rules.
+**Held out by construction.** A fixed hash of its letters assigns every string (or, for the loosest split, every rule)
+to one side, *training* or *held out*. Training and held-out rules are drawn from opposite sides, so they never overlap,
+whatever the seed, the family or the number of rules.
 
-**One nested pool a seed.** A pool is a prefix of one endless stream of distinct rules that depends on the seed alone:
-a member with I instructions takes the first I, so the pool of a small I is a subset of the pool of a large one.
+**One nested pool per seed.** A pool is a prefix of an endless stream of distinct rules that depends only on the seed:
+a member with I instructions takes the first I, so the pool for a small I is a subset of the pool for a large one.
 
-All randomness is raw Philox words (a counter-based generator whose words numpy guarantees), so that tables
-are the same on every machine and numpy version; ``RuleTable.digest`` checks it.
+All randomness comes from raw Philox words (a counter-based generator whose output numpy guarantees), so tables are the
+same on every machine and with every numpy version; ``RuleTable.digest`` checks this.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from instrdiv.tasks.instructions import Instructions, TooFew, as_opaque
 from instrdiv.tasks.strings.alphabet import Alphabet
 from instrdiv.tasks.strings.families import FAMILIES, orders
 
-#: What of a held-out rule is never trained on, strictest first.
+#: Which part of a held-out rule is never trained on, strictest first.
 HELD_OUT_PARTS = ("pattern_and_replacement", "pattern", "replacement", "rule")
 
-_NO_LETTER = 255  # what follows a string shorter than its column
+_NO_LETTER = 255  # padding after a string shorter than its column
 _BLOCK = 1 << 14  # strings drawn at a time; part of the definition of a pool
-_ENUMERATE_BELOW = 1 << 18  # families up to this many strings are counted exactly
-_GIVE_UP_AFTER = 200  # blocks in a row that bring nothing new
+_ENUMERATE_BELOW = 1 << 18  # families of up to this many strings are counted exactly
+_GIVE_UP_AFTER = 200  # consecutive blocks without a new rule
 
 
 class FamilyTooSmall(TooFew):
-    """A family, with its split, holds fewer distinct rules than were asked for."""
+    """A family, with its split, has fewer distinct rules than requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StringFamily:
-    """The strings a pattern (or a replacement) is drawn from.
+    """The strings that a pattern (or a replacement) is drawn from.
 
-    Drawn by: a family of ``families``, then a length, then an order, each uniformly among those possible, then the
-    free letters. Pattern and replacement are drawn independently [our choice: paper P2, arXiv 2410.04717, is silent].
+    A draw picks one of ``families``, then a length, then an order, each uniformly among those possible, then the free
+    letters. Pattern and replacement are drawn independently [our choice: paper P2, arXiv 2410.04717, is silent].
     """
 
     alphabet_size: int
@@ -57,7 +57,7 @@ class StringFamily:
 
     @functools.cached_property
     def components(self) -> list[list[tuple[int, list[int]]]]:
-        """For each family, its (length, orders) that have at least one order. Raises ValueError if one has none."""
+        """For each family, its (length, orders) with at least one order. Raises ValueError if a family has none."""
         table = []
         for family in self.families:
             lengths = range(self.length_min, self.length_max + 1)
@@ -84,7 +84,7 @@ class StringFamily:
         return strings
 
     def enumerate(self) -> np.ndarray | None:
-        """All distinct strings, uint8 [N, length_max], or None where there are too many to list."""
+        """All distinct strings, uint8 [N, length_max], or None if there are too many to list."""
         parts = []
         for family, usable in zip(self.families, self.components, strict=True):
             for length, ks in usable:
@@ -105,7 +105,7 @@ class StringFamily:
 
 @struct.dataclass
 class Rules:
-    """Rules on device: letters [N, P] and [N, R] (uint8), lengths [N] (int32). Or one rule, without the N."""
+    """Rules on the device: letters [N, P] and [N, R] (uint8), lengths [N] (int32). One rule has no N axis."""
 
     patterns: jax.Array
     pattern_lengths: jax.Array
@@ -158,11 +158,10 @@ class RuleSource:
 
     Attributes:
       pattern, replacement: the families of the two strings.
-      split: one of ``HELD_OUT_PARTS``. By default neither the pattern nor the replacement of a held-out
-        rule is ever trained on, in either role; ``pattern`` and ``replacement`` hold out only the one, ``rule`` only
-        the pair.
-      held_out_share: share of all strings (of all pairs for ``rule``) on the held-out side, in (0, 1).
-      split_seed: which strings those are.
+      split: one of ``HELD_OUT_PARTS``. By default neither the pattern nor the replacement of a held-out rule is ever
+        trained on, in either role; ``pattern`` and ``replacement`` hold out only that string, ``rule`` only the pair.
+      held_out_share: share of all strings (for ``rule``: of all pairs) on the held-out side, in (0, 1).
+      split_seed: selects the strings (or pairs) that are held out.
     """
 
     pattern: StringFamily
@@ -171,7 +170,7 @@ class RuleSource:
     held_out_share: float = 0.2
     split_seed: int = 0
 
-    remedy: ClassVar[str] = "use longer strings, more letters or a wider family"
+    remedy: ClassVar[str] = "or use longer strings, more letters or a wider family"
 
     @property
     def flag(self) -> str:
@@ -181,14 +180,14 @@ class RuleSource:
         return RuleTable(*(np.zeros((0, family.length_max), np.uint8) for family in (self.pattern, self.replacement)))
 
     def pool(self, seed: int, size: int) -> RuleTable:
-        """The first ``size`` training rules of this seed's stream: distinct, pattern and replacement different.
+        """The first ``size`` training rules of the seed's stream: distinct, and with pattern and replacement different.
 
-        Raises FamilyTooSmall where there are fewer.
+        Raises FamilyTooSmall if there are fewer.
         """
         return self._take(size, seed, held_out=False)
 
     def held_out(self, size: int) -> RuleTable:
-        """The first ``size`` held-out rules. They depend on ``split_seed`` alone: all members share them."""
+        """The first ``size`` held-out rules. They depend only on ``split_seed``: all members share them."""
         return self._take(size, self.split_seed, held_out=True)
 
     def tests(self, dev_tests: int, tests: int) -> tuple[RuleTable, RuleTable]:
@@ -197,7 +196,7 @@ class RuleSource:
         return rules[:dev_tests], rules[dev_tests:]
 
     def capacity(self, held_out: bool) -> int | None:
-        """How many distinct rules one side holds; None where that is more than can be counted by listing."""
+        """How many distinct rules one side has; None if there are too many to count by listing."""
         sides = []
         for role, family in (("pattern", self.pattern), ("replacement", self.replacement)):
             strings = family.enumerate()
@@ -218,13 +217,13 @@ class RuleSource:
         return len(patterns) * len(replacements) - same
 
     def _string_side(self, role: str, strings: np.ndarray, held_out: bool) -> np.ndarray:
-        """bool [N]: the string may play this role on this side."""
+        """bool [N]: whether the string may play this role on this side."""
         if self.split not in (role, "pattern_and_replacement"):
             return np.ones(len(strings), bool)
         return (_hash(strings, self.split_seed) < self._boundary) == held_out
 
     def _pair_side(self, rules: RuleTable, held_out: bool) -> np.ndarray:
-        """bool [N]: the pair is on this side; every pair is, unless it is pairs that are split."""
+        """bool [N]: whether the pair is on this side; always true unless the split is by pairs."""
         if self.split != "rule":
             return np.ones(len(rules), bool)
         hashes = _hash(rules.replacements, self.split_seed, start=_hash(rules.patterns, self.split_seed))
@@ -235,7 +234,7 @@ class RuleSource:
         return np.uint64(int(self.held_out_share * 2.0**64))
 
     def _strings(self, role: str, family: StringFamily, seed: int, held_out: bool) -> Iterator[np.ndarray]:
-        """The endless stream of strings that may play a role on a side, ``_BLOCK`` at a time, repetitions included."""
+        """An endless stream of strings that may play a role on a side, ``_BLOCK`` at a time, repetitions included."""
         columns = 3 + family.length_max
         waiting = np.zeros((0, family.length_max), np.uint8)
         for block in itertools.count():
@@ -250,7 +249,7 @@ class RuleSource:
 
     def _take(self, size: int, seed: int, held_out: bool) -> RuleTable:
         """The first ``size`` distinct rules of a side's stream: pattern i with replacement i."""
-        what = f"{size} {'held-out' if held_out else 'training'} rules were asked for"
+        what = f"{size} {'held-out' if held_out else 'training'} rules were requested"
         capacity = self.capacity(held_out)
         if capacity is not None and capacity < size:
             raise FamilyTooSmall(f"{what}, but the family has only {capacity}")
@@ -267,20 +266,20 @@ class RuleSource:
                 if len(blocks[0]) >= size:
                     return blocks[0][:size]
                 stale = 0 if len(blocks[0]) > before else stale + 1
-        raise FamilyTooSmall(f"{what}, but only {len(blocks[0])} distinct ones turned up")
+        raise FamilyTooSmall(f"{what}, but only {len(blocks[0])} distinct ones were found")
 
 
 def resemblance(trained: RuleTable, held_out: RuleTable, compared: int = 256) -> dict[str, float]:
-    """How much held-out rules look like trained ones.
+    """How similar held-out rules are to trained ones.
 
     Args:
       trained: the rules of one member.
       held_out: held-out rules.
-      compared: how many of them, the first ones, are compared letter by letter with every trained rule.
+      compared: how many of them, counted from the first, are compared letter by letter with every trained rule.
 
     Returns:
       ``pattern_seen``, ``replacement_seen``, ``rule_seen``: share of the held-out rules whose pattern (replacement,
-      pair) is a trained one's; ``{pattern,replacement,rule}_distance_{min,mean}``: Hamming distance to the nearest
+      pair) was trained on; ``{pattern,replacement,rule}_distance_{min,mean}``: Hamming distance to the nearest
       trained one, over ``compared`` held-out rules (a missing letter counts as a difference).
     """
     report: dict[str, float] = {"trained": len(trained), "held_out": len(held_out)}
@@ -301,19 +300,19 @@ def resemblance(trained: RuleTable, held_out: RuleTable, compared: int = 256) ->
 
 
 def seen_in(trained: np.ndarray, strings: np.ndarray) -> np.ndarray:
-    """bool [N]: the string (a row of letters) is a row of ``trained``."""
+    """bool [N]: whether the string (a row of letters) is a row of ``trained``."""
     return np.isin(as_opaque(strings), as_opaque(trained))
 
 
 def _hash(strings: np.ndarray, seed: int, start: np.ndarray | None = None) -> np.ndarray:
-    """A 64-bit hash of each row, uint64 [N]; padding does not enter, so a string hashes alike in every table."""
+    """A 64-bit hash of each row, uint64 [N]; padding is ignored, so a string has the same hash in every table."""
     state = np.full(len(strings), seed, np.uint64) if start is None else start
     state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
     for column in strings.T:
         mixed = (state ^ (column.astype(np.uint64) + np.uint64(1))) * np.uint64(0xFF51AFD7ED558CCD)
         mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xC4CEB9FE1A85EC53)
         state = np.where(column == _NO_LETTER, state, mixed ^ (mixed >> np.uint64(29)))
-    return _mix(state)  # since the split looks at the highest bits
+    return _mix(state)  # because the split uses the highest bits
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -329,13 +328,13 @@ def _widen(strings: np.ndarray, width: int) -> np.ndarray:
 
 
 def same_strings(rules: RuleTable) -> np.ndarray:
-    """bool [N]: pattern and replacement are the same string."""
+    """bool [N]: whether pattern and replacement are the same string."""
     width = max(rules.patterns.shape[1], rules.replacements.shape[1])
     return (_widen(rules.patterns, width) == _widen(rules.replacements, width)).all(1)
 
 
 def _distinct(blocks: list[RuleTable]) -> RuleTable:
-    """The blocks joined, first come first kept."""
+    """The blocks concatenated, keeping the first of equal rules."""
     patterns = np.concatenate([block.patterns for block in blocks])
     replacements = np.concatenate([block.replacements for block in blocks])
     _, first = np.unique(as_opaque(np.concatenate([patterns, replacements], 1)), return_index=True)

@@ -11,30 +11,30 @@ from instrdiv.tasks.conditions import Condition, Subject, Suite, held_out
 from instrdiv.tasks.strings.families import FAMILIES
 from instrdiv.tasks.strings.rules import RuleTable, seen_in
 
-_ENUMERATE_BELOW = 1 << 16  # up to so many pairs of trained strings are all tried
+_ENUMERATE_BELOW = 1 << 16  # up to this many pairs of trained strings are all tried
 
 
 def unseen_pattern(subject: Subject) -> RuleTable:
-    """Patterns that were never trained, with trained replacements."""
+    """Patterns that were never trained on, with trained replacements."""
     rules = held_out(subject)
     rules = RuleTable(rules.patterns, subject.some_trained(len(rules)).replacements)
     return rules[~seen_in(subject.trained.patterns, rules.patterns)]
 
 
 def unseen_replacement(subject: Subject) -> RuleTable:
-    """Trained patterns, with replacements that were never trained."""
+    """Trained patterns, with replacements that were never trained on."""
     rules = held_out(subject)
     rules = RuleTable(subject.some_trained(len(rules)).patterns, rules.replacements)
     return rules[~seen_in(subject.trained.replacements, rules.replacements)]
 
 
 def unseen_pair(subject: Subject) -> RuleTable:
-    """Trained patterns with trained replacements, in pairs that were never trained (see ``Task.testable``)."""
+    """Trained patterns with trained replacements, in pairs that were never trained on (see ``Task.testable``)."""
     trained, seed = subject.trained, subject.member.seed
     pairs = len(trained) ** 2
     count = pairs if pairs <= max(_ENUMERATE_BELOW, 8 * subject.tests) else 2 * subject.tests
     words = np.random.Philox(key=np.array([seed, 0x70616972], np.uint64)).random_raw(count)
-    # All pairs in a random order, or some at random.
+    # All pairs in random order, or a random sample.
     chosen = np.argsort(words, kind="stable") if count == pairs else (words % np.uint64(pairs)).astype(np.int64)
     pattern, replacement = np.divmod(chosen, len(trained))
     return RuleTable(trained.patterns[pattern], trained.replacements[replacement])
@@ -71,13 +71,13 @@ def _suite_families(setting: Any) -> list[Condition]:
         orders = [1] if family == "free" else range(2, setting.pattern_length + 1)
         for order in orders:
             if family not in ("free", "repeated") and order == setting.pattern_length == setting.longest_replacement:
-                continue  # one letter throughout: the rules of repeated_k again
+                continue  # a single repeated letter: the same rules as repeated_k
             name = "free" if family == "free" else f"{family}_{order}"
             changes = {"family": family, "k_min": order, "k_max": order}
             condition = Condition(f"family_tested={name}", held_out, changes)
             try:
                 condition.applied_to(setting)
-            except BadInput:  # no length of both strings has this order
+            except BadInput:  # no length of the patterns, or of the replacements, allows this order
                 continue
             conditions.append(condition)
     return conditions
@@ -85,7 +85,7 @@ def _suite_families(setting: Any) -> list[Condition]:
 
 def _suite_lengths(setting: Any) -> list[Condition]:
     if setting.positions == "learned":
-        raise BadInput("learned positions know no length but the trained one: train with "
+        raise BadInput("learned positions cover only the trained length: train with "
                        "--config.positions=rotary or --config.positions=none")  # fmt: skip
     lengths = dict.fromkeys(setting.input_length * quarters // 4 for quarters in (2, 3, 4, 5, 6, 8))
     return [

@@ -124,7 +124,7 @@ class TestMarkovAlgorithm:
         assert instrdiv.MarkovAlgorithm([("a", "b")]).run("aac", max_steps=2) == "bbc"
 
     def test_an_endless_run_is_cut(self):
-        with pytest.raises(RuntimeError, match="no end after 7 steps"):
+        with pytest.raises(RuntimeError, match="did not end after 7 steps"):
             instrdiv.MarkovAlgorithm([("a", "aa")]).run("a", max_steps=7)
 
     @pytest.mark.parametrize("rule", [("a",), ("a", 3), ("a", "b", "c"), ("a", "b", True, 1), "ab", 5, None, ()])

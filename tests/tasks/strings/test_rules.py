@@ -106,7 +106,7 @@ class TestPools:
     def test_a_stream_that_brings_nothing_new_ends(self, monkeypatch):
         """Where counting is given up, asking for too much still ends."""
         monkeypatch.setattr("instrdiv.tasks.strings.rules._ENUMERATE_BELOW", 3)
-        with pytest.raises(FamilyTooSmall, match="distinct ones turned up"):
+        with pytest.raises(FamilyTooSmall, match="distinct ones were found"):
             source(3, 2, split="rule").pool(0, 100)
 
     def test_an_impossible_order_is_refused(self):
