@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Another interpreter than that of $(VENV) makes it anew: make PYTHON=python3.12 demo
+# Another interpreter than that of $(VENV) recreates it: make PYTHON=python3.12 demo
 ifndef PYTHON
 PYTHON := $(or $(and $(wildcard $(VENV)/made),$(wildcard $(BIN)/python)),python3)
 endif
@@ -20,13 +20,20 @@ VERSIONS := $(addprefix tests/,data/test_sources.py data/test_tokenizer.py model
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_PYTHON PIP_ROOT PIP_TARGET
 export PIP_USER := no
 
-.PHONY: demo test test-slow test-versions lint clean anew
+.PHONY: demo test test-all test-thorough test-slow test-versions lint clean recreate
 
 demo: $(VENV)/core
 	$(BIN)/python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=$(RUN_DIR)
 
 test: $(WITH_EXTRAS)
 	$(BIN)/python -m pytest
+
+# What CI runs: everything except the slow tests, with Transformers and PEFT as references.
+test-all:
+	$(MAKE) lint test test-thorough EXTRAS=test,transformers
+
+test-thorough: $(WITH_EXTRAS)
+	$(BIN)/python -m pytest -m "thorough and not slow"
 
 test-slow: $(WITH_EXTRAS)
 	$(BIN)/python -m pytest -n0 -m slow
@@ -54,7 +61,7 @@ $(VENV)/made:
 
 identity = $(shell $(1) -I -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null)
 ifneq ($(call identity,$(PYTHON)),$(call identity,$(BIN)/python))
-$(VENV)/made: anew
+$(VENV)/made: recreate
 endif
 
 $(VENV)/core: $(VENV)/made pyproject.toml

@@ -1,9 +1,11 @@
 """Every test process simulates eight devices; tests choose how many of them a mesh uses.
 
-What they and the commands they start compile is kept in ``.pytest_cache/jax``: many tests run the same few programs.
+Compiled programs are cached in ``.pytest_cache/jax``, for the commands that tests start, too: many tests run the same
+few programs.
 """
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -20,13 +22,24 @@ prune(CACHE)
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Ids are alike in every process, or xdist's workers would not agree on the tests; and they fit into a line.
+    """Makes ids the same in every process, so that xdist's workers agree on the tests, and short enough for one line.
 
-    Bytes may be made anew (a gzip file has the time in it) and lambdas have no name: pytest numbers them. Long text is
-    cut.
+    Bytes may differ between processes (a gzip file contains the time) and lambdas have no name: pytest numbers them.
+    Long text is cut.
     """
     if isinstance(val, bytes) or getattr(val, "__name__", None) == "<lambda>":
         return argname
     if isinstance(val, str) and len(val) > 60:
         return f"{ascii(val)[1:50]}..."
     return None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line about tests that were skipped for lack of a package."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
+    packages = sorted({found[1] for reason in reasons if (found := re.search(r"could not import '(\w+)", reason))})
+    if packages:
+        terminalreporter.write_line(
+            f"Skipped: tests and test files that need {', '.join(packages)} ({len(reasons)}). "
+            "`make test-all` installs these packages and runs everything."
+        )

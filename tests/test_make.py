@@ -55,16 +55,26 @@ def test_what_is_there_is_not_installed_again(make):
     assert make("demo") == (0, [DEMO])
 
 
-def test_other_extras_are_installed_and_another_interpreter_makes_it_anew(make):
+def test_other_extras_are_installed_and_another_interpreter_recreates_it(make):
     make("test")
     assert make("test", "EXTRAS=test, export") == (0, ["pip .[test, export]", TEST])
     assert make("test", "EXTRAS=test,export") == make("test") == (0, [TEST])
     assert make("demo", "PYTHON=other") == (0, ["venv other", "pip .", DEMO])
-    assert make("demo") == (0, [DEMO])  # goes on with the one that was named
+    assert make("demo") == (0, [DEMO])  # keeps the one that was named
     assert make("test", "EXTRAS=test,export") == (0, ["pip .[test,export]", TEST])
     status, asked = make("test", "PYTHON=old")
     assert status != 0 and asked == []
     assert make("demo") == (0, [DEMO])
+
+
+def test_everything_is_tested_with_the_packages_it_is_compared_to(make, tmp_path):
+    """Linters and type checker, then the tests: the fast ones and the thorough ones."""
+    status, asked = make("test-all")
+    assert status != 0 and asked == ["venv python3", "pip .", "pip .[test,transformers]"]  # there is no linter
+    for tool in ("ruff", "mypy"):
+        shutil.copy(tmp_path / "python3", tmp_path / ".venv" / "bin" / tool)
+    status, asked = make("test-all")
+    assert status == 0 and asked[-2:] == [TEST, TEST]
 
 
 def test_a_changed_pyproject_is_installed_again(make, tmp_path):

@@ -32,6 +32,11 @@ class Group:
         """The class whose static methods make, tokenize and classify examples."""
         return type(self.config)
 
+    @property
+    def program(self) -> Group:
+        """The group without its members and name: what its compiled programs depend on, besides array shapes."""
+        return dataclasses.replace(self, name="", members=())
+
 
 def make_groups(members: Sequence[Member], first: int = 0, attention: str | None = None) -> list[Group]:
     """Groups members by their static fields, in order of first appearance; names are g0, g1, …, from ``first`` on."""

@@ -7,6 +7,7 @@ answer, so wrong answers can be classified by their mistakes: see ``Task.classif
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from instrdiv.config.groups import Group
 from instrdiv.evaluation.test_sets import stack_rules
 from instrdiv.models.decoder import decode_greedily, make_decoder
-from instrdiv.runtime.mesh import over_members, padded_size, put
+from instrdiv.runtime.mesh import PROGRAMS, over_members, padded_size, put
 from instrdiv.tasks.task import Shape
 from instrdiv.tasks.tokens import blank_instruction
 
@@ -86,6 +87,32 @@ class Answers:
         return (self.right != self.asked[..., -self.decoded.shape[-1] :]).any(-1)
 
 
+@functools.lru_cache(PROGRAMS)
+def _program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
+    """Decodes tests of the group's shape: (parameters, knobs, keys, rules, shown, index [M, B], blanked) to Answers."""
+    data_parallel, task = mesh.shape["data"], group.task
+    shape, decoder = group.shape, make_decoder(group)
+    small = jnp.uint8 if shape.vocabulary <= 256 else jnp.int32  # less to transfer to the host
+
+    def decode(params, knobs, key, rules, shown, index, blanked):
+        def make(rule, shown, i):
+            input = task.make_input(shape, knobs, rule, task.test_key(key, i))
+            right, asked = (task.spell(shape, each, input) for each in (rule, shown))
+            prompt = asked.tokens[: shape.prompt]
+            prompt = jnp.where(blanked, blank_instruction(prompt), prompt)
+            known = Answers(rule, input, right.tokens.astype(small), asked.tokens.astype(small), None, right.facts, i)
+            return known, prompt, asked.padding
+
+        known, prompt, padding = jax.vmap(make)(rules, shown, index)
+        decoded = decode_greedily(decoder, params, prompt, padding)
+        answers = known.replace(decoded=decoded.astype(small))
+        return jax.lax.all_gather(answers, "data", tiled=True) if data_parallel > 1 else answers
+
+    member, member_test = P("member"), P("member", "data")
+    in_specs = [member, member, member, member_test, member_test, member_test, P()]
+    return over_members("decode", decode, mesh, members_per_vmap, in_specs)
+
+
 class GroupDecoder:
     """Decodes the answers of a group's members, on tests of any shape that the model can read."""
 
@@ -93,29 +120,7 @@ class GroupDecoder:
         """``shape`` is the tests' shape; ``piece`` is the number of tests per call of the compiled program, a multiple
         of the mesh's data axis."""
         self.mesh, self.members_per_vmap, self.piece = mesh, members_per_vmap, piece
-        data_parallel, task = mesh.shape["data"], group.task
-        decoder = make_decoder(dataclasses.replace(group, shape=shape))
-        small = jnp.uint8 if shape.vocabulary <= 256 else jnp.int32  # less to transfer to the host
-
-        def decode(params, knobs, key, rules, shown, index, blanked):
-            def make(rule, shown, i):
-                input = task.make_input(shape, knobs, rule, task.test_key(key, i))
-                right, asked = (task.spell(shape, each, input) for each in (rule, shown))
-                prompt = asked.tokens[: shape.prompt]
-                prompt = jnp.where(blanked, blank_instruction(prompt), prompt)
-                known = Answers(
-                    rule, input, right.tokens.astype(small), asked.tokens.astype(small), None, right.facts, i
-                )
-                return known, prompt, asked.padding
-
-            known, prompt, padding = jax.vmap(make)(rules, shown, index)
-            decoded = decode_greedily(decoder, params, prompt, padding)
-            answers = known.replace(decoded=decoded.astype(small))
-            return jax.lax.all_gather(answers, "data", tiled=True) if data_parallel > 1 else answers
-
-        member, member_test = P("member"), P("member", "data")
-        in_specs = [member, member, member, member_test, member_test, member_test, P()]
-        self.program = over_members("decode", decode, mesh, members_per_vmap, in_specs)
+        self.program = _program(dataclasses.replace(group.program, shape=shape), mesh, members_per_vmap)
 
     def answers(self, params: Any, prompts: Prompts) -> Iterator[Answers]:
         """Yields the answers piece by piece; the next piece is decoded while the caller processes this one.

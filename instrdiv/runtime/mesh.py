@@ -37,6 +37,10 @@ def make_mesh(
     return Mesh(grid, ("member", "data", "tensor"))
 
 
+#: Number of programs of one kind that a process keeps, so that the next run of the same shape need not compile again.
+PROGRAMS = 16
+
+
 def padded_size(members: int, mesh: Mesh, members_per_vmap: int) -> int:
     """Number of members including idle ones: a multiple of the mesh's member axis times ``members_per_vmap``."""
     unit = mesh.shape["member"] * members_per_vmap

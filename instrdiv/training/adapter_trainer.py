@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from instrdiv.models.llama_config import ModelConfig
 from instrdiv.models.lora import Adapter
 from instrdiv.runtime.checkpoints import stacked_state
 from instrdiv.runtime.errors import BadInput
-from instrdiv.runtime.mesh import padded_size, put
+from instrdiv.runtime.mesh import PROGRAMS, padded_size, put
 from instrdiv.training.adapters import (
     AdapterState,
     Batch,
@@ -81,6 +82,29 @@ def place_population(adapters: Adapters, mesh: Mesh) -> Population:
     return Population(members, jax.tree.map(placed, adapters))
 
 
+@functools.lru_cache(PROGRAMS)
+def _program(recipe: Recipe, sources: int, piece: int, mesh: Mesh) -> Any:
+    """The jitted chunk: (model, data, state, first step, batches); the state is donated."""
+
+    def train_adapters(model, data, state, first_step, batches):
+        def body(state, step_and_batch):
+            return train_step(model, recipe, sources, piece, data, state, *step_and_batch)
+
+        steps = first_step + jnp.arange(len(batches.tokens), dtype=jnp.int32)
+        state, metrics = jax.lax.scan(body, state, (steps, batches))
+        losses, tokens = metrics.losses.sum(0), metrics.tokens.sum(0)
+        return state, ChunkMetrics(losses, tokens, jnp.nanmean(metrics.gradient_norm, 0))
+
+    return jax.jit(train_adapters, donate_argnums=2, out_shardings=NamedSharding(mesh, P("member")))
+
+
+@functools.lru_cache(PROGRAMS)
+def _init_program(config: ModelConfig, recipe: Recipe, loras: tuple[lora.Lora, ...], mesh: Mesh) -> Any:
+    """The jitted initial state of a population, from its seeds [M]."""
+    initial = functools.partial(init_state, config, recipe, loras)
+    return jax.jit(initial, out_shardings=NamedSharding(mesh, P("member")))
+
+
 class AdapterTrainer:
     """The adapters of a population and their optimizers on a mesh, advanced chunk by chunk.
 
@@ -126,14 +150,13 @@ class AdapterTrainer:
         )
         self.data: MemberData = put(numbers, mesh, P("member"))
         self.model = jax.tree.map(self._placed, job.model)
-        self.program = self._compiled()
-        loras, seeds = [m.lora for m in everyone], np.array([m.seed for m in everyone], np.uint32)
-
-        def initial(seeds):
-            return init_state(job.model.config, recipe, loras, seeds)
-
+        rows = self.size * recipe.batch_size // recipe.parts
+        piece = head_piece(self.model.config, rows, self._rows[0].tokens.shape[1], mesh)
+        self.program = _program(recipe, len(self.source_names), piece, mesh)
+        loras, seeds = tuple(m.lora for m in everyone), np.array([m.seed for m in everyone], np.uint32)
+        initial = _init_program(job.model.config, recipe, loras, mesh)
         if arrays is None:
-            self.state: AdapterState = jax.jit(initial, out_shardings=self._by_member)(seeds)
+            self.state: AdapterState = initial(seeds)
         else:
             one = jax.eval_shape(initial, seeds)
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
@@ -145,22 +168,6 @@ class AdapterTrainer:
         """The weight as is if it is already on the mesh; else a copy on every device of the mesh."""
         on_mesh = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(self.mesh.devices.flat)
         return leaf if on_mesh else jax.device_put(leaf, NamedSharding(self.mesh, P()))
-
-    def _compiled(self) -> Any:
-        recipe, sources = self.recipe, len(self.source_names)
-        rows = self.size * recipe.batch_size // recipe.parts
-        piece = head_piece(self.model.config, rows, self._rows[0].tokens.shape[1], self.mesh)
-
-        def train_adapters(model, data, state, first_step, batches):
-            def body(state, step_and_batch):
-                return train_step(model, recipe, sources, piece, data, state, *step_and_batch)
-
-            steps = first_step + jnp.arange(len(batches.tokens), dtype=jnp.int32)
-            state, metrics = jax.lax.scan(body, state, (steps, batches))
-            losses, tokens = metrics.losses.sum(0), metrics.tokens.sum(0)
-            return state, ChunkMetrics(losses, tokens, jnp.nanmean(metrics.gradient_norm, 0))
-
-        return jax.jit(train_adapters, donate_argnums=2, out_shardings=self._by_member)
 
     def batches(self, first_step: int, steps: int) -> Batch:
         """The rows of consecutive steps (numpy). Which ones depends only on the steps and each member's seed."""

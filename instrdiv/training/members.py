@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from instrdiv.config.groups import Group
 from instrdiv.config.pools import RulePools
 from instrdiv.models.decoder import Decoder, make_decoder
 from instrdiv.runtime.checkpoints import stacked_state
-from instrdiv.runtime.mesh import over_members, padded_size, put
+from instrdiv.runtime.mesh import PROGRAMS, over_members, padded_size, put
 from instrdiv.runtime.streams import DROPOUT_STREAM, INIT_STREAM, stream_key
 from instrdiv.tasks.task import Example
 from instrdiv.training.optimizers import make_optimizer, rate_at
@@ -159,6 +160,11 @@ def train_chunk(
 
 def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
     """``train_chunk`` for the members of a group, jitted: (tables, data, state, first step, indices [K, B])."""
+    return _chunk_program(group.program, mesh, members_per_vmap)
+
+
+@functools.lru_cache(PROGRAMS)
+def _chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
     data_parallel, member = mesh.shape["data"], P("member")
     return over_members(
         "train_chunk",
@@ -167,6 +173,13 @@ def chunk_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
         members_per_vmap,
         in_specs=[P(), member, member, P(), P(None, "data")],
         donate=(2,),
+    )
+
+
+@functools.lru_cache(PROGRAMS)
+def _init_program(group: Group, mesh: Mesh, members_per_vmap: int) -> Any:
+    return over_members(
+        "init_members", lambda data: init_member(group, data), mesh, members_per_vmap, in_specs=[P("member")]
     )
 
 
@@ -230,11 +243,7 @@ class Trainer:
         self.state: MemberState = self._initial() if arrays is None else self._restore(arrays)
 
     def _initial(self) -> MemberState:
-        group, mesh = self.group, self.mesh
-        initialize = over_members(
-            "init_members", lambda data: init_member(group, data), mesh, self.members_per_vmap, in_specs=[P("member")]
-        )
-        return initialize(self.data)
+        return _init_program(self.group.program, self.mesh, self.members_per_vmap)(self.data)
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> MemberState:
         state = stacked_state(arrays, abstract_member(self.group), len(self.group.members), self.size)

@@ -13,10 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from instrdiv.config.layout import Options
 from instrdiv.config.sweep import Sweep
+from instrdiv.evaluation import decoding, exact_match
 from instrdiv.runs.run import run
 from instrdiv.runtime import compile_cache
 from instrdiv.runtime.compile_cache import prune
-from tests.experiments.test_launchers import ENVIRONMENT, ROOT
+from instrdiv.training import members
+from tests.commands import ENVIRONMENT, ROOT
 from tests.worlds import TINY
 
 #: Says what was asked of the cache, and where that is; then compiles one program.
@@ -71,6 +73,9 @@ def test_a_program_that_is_read_gives_the_bytes_of_one_that_was_compiled(
     sweep = Sweep.grid(TINY, seeds=1, dev_tests=16, tests=24, instructions=[4, 16])
 
     def tables(name):
+        """As a new process would, without the programs that this one holds."""
+        for programs in (members._chunk_program, members._init_program, exact_match._program, decoding._program):
+            programs.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.DEBUG, "jax._src.compiler"):
             run(sweep, tmp_path / name, Options(devices, data_parallel), progress=False, keep_params=False)
@@ -115,7 +120,7 @@ def test_another_directory_can_be_named(tmp_path):
 def test_where_nothing_can_be_kept_one_line_says_so(tmp_path, variable):
     (tmp_path / "file").write_text("")
     (line,), used, hits, misses = compile_one(**{variable: str(tmp_path / "file")})
-    assert line.endswith("(not writable); JAX_COMPILATION_CACHE_DIR names another directory") and "\n" not in line
+    assert line.endswith("(not writable); set JAX_COMPILATION_CACHE_DIR to use another directory") and "\n" not in line
     assert (used, hits, misses) == (None, 0, 0)
 
 
