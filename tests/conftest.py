@@ -1,7 +1,7 @@
 """Every test process simulates eight devices; tests choose how many of them a mesh uses.
 
 Compiled programs are cached in ``.pytest_cache/jax``, for the commands that tests start, too: many tests run the same
-few programs.
+few programs. XLA optimizes little, which halves the time to compile, except for tests marked ``optimized``.
 """
 
 import os
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from instrdiv.runtime.compile_cache import prune, use_compile_cache
 
@@ -17,8 +18,17 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # of the commands
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
 use_compile_cache()
 prune(CACHE)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, which may compile, too
+def pytest_runtest_setup(item):
+    optimize = item.get_closest_marker("optimized") is not None
+    if optimize and jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # of programs compiled without
+    jax.config.update("jax_disable_most_optimizations", not optimize)
 
 
 def pytest_make_parametrize_id(val, argname):

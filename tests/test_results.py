@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAPTOP = ROOT / "results" / "laptop"
-NUMBER = re.compile(r"[+-]?\d[\d,.]*")
+GPU = ROOT / "results" / "gpu"
+NUMBER = re.compile(r"(?<![A-Z\d])[+-]?\d[\d,.]*")  # not I50 or H200
 
 
-def table(figure: str, name: str) -> list[dict[str, str]]:
-    with (LAPTOP / figure / name).open(newline="") as file:
+def table(figure: str, name: str, where: Path = LAPTOP) -> list[dict[str, str]]:
+    with (where / figure / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -26,10 +27,12 @@ def claims(figure: str) -> list[str]:
     return [row["evidence"].replace(" %", "%") for row in rows]
 
 
-def means(figure: str, *by: str, split: str = "unseen", part: str = "has_op") -> dict[tuple[float, ...], float]:
+def means(
+    figure: str, *by: str, split: str = "unseen", part: str = "has_op", where: Path = LAPTOP
+) -> dict[tuple[float, ...], float]:
     """Exact match, the mean over seeds, by the values of these columns."""
     values = defaultdict(list)
-    for row in table(figure, "results.csv"):
+    for row in table(figure, "results.csv", where):
         if (row["split"], row["slice"]) == (split, part):
             values[tuple(float(row[column]) for column in by)].append(float(row["exact_match"]))
     return {key: fmean(cells) for key, cells in values.items()}
@@ -156,6 +159,24 @@ def scaling() -> list[str]:
     ]
 
 
+def papers_size() -> list[str]:
+    figure = "fig2a_instruction_count"
+    unseen = {int(count): value for (count,), value in means(figure, "instructions", where=GPU).items()}
+    seen = means(figure, "instructions", split="seen", where=GPU)
+    rows = table(figure, "results.csv", GPU)
+    assert {row["seed"] for row in rows} == {"0"} and {(row["layers"], row["width"]) for row in rows} == {("6", "256")}
+    first, *others = sorted(unseen)
+    *middle, last = (f"{unseen[count]:.2f} at {count:,}" for count in others)
+    launches = [json.loads(path.read_text()) for path in sorted((GPU / figure).glob("provenance*.json"))]
+    minutes = sorted((one["wall_seconds"] / 60 for one in launches), reverse=True)
+    return [
+        f"is {unseen[first]:.2f} at I = {first}, {', '.join(middle)}, and {last}",
+        f"it is at least {min(seen.values()) * 100 // 1 / 100:.2f} everywhere",
+        "took {:.1f} and {:.1f} minutes".format(*minutes),
+        f"{unseen[120]:.2f} at I = 120, {unseen[200]:.2f} at 200",
+    ]
+
+
 def speed() -> list[str]:
     benchmark = ROOT / "results" / "benchmark"
 
@@ -179,6 +200,8 @@ def speed() -> list[str]:
         f"{reached('laptop-cpu', 'laptop shape, 8 members').strip('x')} times as many as one after another",
         f"{reached('laptop-cpu', 'the same against PyTorch eager one after').strip('x')} times as many as PyTorch's",
         f"{adamw:.2f} times with AdamW",
+        f"{rate('gpu-nvidia-h200', 'population') / 1e6:.2f} M tokens per second",
+        f"{reached('gpu-nvidia-h200', 'the same against PyTorch GPT-2 compiled bf16, best').strip('x')} times the rate",
         f"{rate('paper-cpu', 'gpt2_compiled_fp32') / 1000:.1f} k against "
         f"{rate('paper-cpu', 'population') / 1000:.1f} k tokens per second",
     ]
@@ -192,13 +215,14 @@ SECTIONS = {
     "Table 1: occurrences": (occurrences, "1 2 3 12 200 0 64 512 4,096"),
     "Encrypted rewriting with LoRA": (encrypted, "5 3 2 7"),
     "What moves the threshold": (scaling, "3 50"),
-    "Speed": (speed, "2 32"),
+    "The papers' size": (papers_size, "2 6 256 50 20 1.5 10 300 1,000"),
+    "Speed": (speed, "2 32 16 512 64"),
 }
 
 
 def sections(page: str) -> dict[str, str]:
-    """Text by heading; links without their targets, white space collapsed."""
-    parts = re.split(r"^#+ (.*)$", page, flags=re.MULTILINE)
+    """Text by heading, without commands; links without their targets, white space collapsed."""
+    parts = re.split(r"^#+ (.*)$", re.sub(r"^    .*$", "", page, flags=re.MULTILINE), flags=re.MULTILINE)
     return {
         re.sub(r" \(`.*`\)$", "", heading): " ".join(re.sub(r"\]\([^)]*\)|`[^`]*`", "]", text).split())
         for heading, text in zip(parts[1::2], parts[2::2], strict=True)

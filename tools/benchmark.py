@@ -17,7 +17,7 @@ met.
 preset   hardware          time                      what it measures
 smoke    two CPU cores     a minute                  nothing: checks that the benchmark runs
 laptop   two CPU cores     4 minutes (measured)      the laptop presets of all figures
-gpu      one H200          9 minutes (--minutes)     not run
+gpu      one H200          9 minutes (--minutes)     the papers' shape (measured in part: results/benchmark/)
 paper    two CPU cores     10 minutes (estimated)    the papers' shape without an accelerator, flags as above
 """
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import queue
 import random
@@ -65,12 +66,19 @@ class Mutant(NamedTuple):
 class _Sites(ast.NodeVisitor):
     """Collects (kind, node, mutated text) in the order of the syntax tree, without annotations and text."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: bytes) -> None:
         self.source = source
+        self.starts = list(itertools.accumulate(map(len, source.splitlines(keepends=True)), initial=0))
         self.found: list[tuple[str, ast.expr, str]] = []
 
+    def span(self, node: ast.expr) -> tuple[int, int]:
+        """First byte of the node, and the byte after its last."""
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
+
     def text(self, node: ast.expr) -> str:
-        return ast.get_source_segment(self.source, node) or ast.unparse(node)
+        start, end = self.span(node)
+        return self.source[start:end].decode()
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         """Skipped: before Python 3.12, positions inside an f-string are not those of the file."""
@@ -118,18 +126,11 @@ def sites(root: Path) -> list[Mutant]:
     """Every mutant there is, files in order of their names."""
     found: list[Mutant] = []
     for path in sorted((root / "instrdiv").rglob("*.py")):
-        source = path.read_text()
-        starts = [0]
-        for line in source.encode().splitlines(keepends=True):
-            starts.append(starts[-1] + len(line))
-        visitor = _Sites(source)
-        visitor.visit(ast.parse(source))
+        name = path.relative_to(root).as_posix()
+        visitor = _Sites(path.read_bytes())
+        visitor.visit(ast.parse(visitor.source))
         for kind, node, mutated in visitor.found:
-            assert node.end_lineno is not None and node.end_col_offset is not None
-            start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-            name = path.relative_to(root).as_posix()
-            original = source.encode()[start:end].decode()
-            found.append(Mutant(len(found), name, node.lineno, kind, start, end, original, mutated))
+            found.append(Mutant(len(found), name, node.lineno, kind, *visitor.span(node), visitor.text(node), mutated))
     return found
 
 

@@ -149,13 +149,26 @@ def shades(count: int) -> list:
 
 
 def count_axis(axes, counts: Iterable[int], label: str = "number of different instructions trained on, I") -> None:
-    """A logarithmic x axis with a tick at each count."""
+    """A logarithmic x axis with a tick at each count, and as many labels as there is room for."""
     ticks = sorted(set(counts))
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 9 else 0)
-    axes.minorticks_off()
     axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
+    axes.set_xticks(ticks, _with_room(axes, ticks, [f"{tick:,}" for tick in ticks], 0.09))
+    axes.minorticks_off()
     axes.set_xlabel(label)
+
+
+def _with_room(axes, ticks: Sequence[float], labels: Sequence[str], letter_inches: float) -> list[str]:
+    """The labels, empty where they would run into the one before."""
+    kept, end = [], -math.inf
+    low, high = np.log(axes.get_xlim())
+    width = axes.get_position().width * axes.figure.get_figwidth()
+    for tick, label in zip(ticks, labels, strict=True):
+        place, half = (np.log(tick) - low) / (high - low) * width, letter_inches * len(label) / 2
+        fits = place - half >= end
+        kept.append(label if fits else "")
+        end = place + half if fits else end
+    return kept
 
 
 def match_axis(axes, label: str = "exact match") -> None:
@@ -253,7 +266,7 @@ def _shares(axes, values: dict[float, list[float]]) -> None:
     """Above the axes, how many seeds exceed one half at each count; the mean hides that they are bimodal near it."""
     top = axes.secondary_xaxis("top")
     labels = [f"{sum(point > 0.5 for point in points)}/{len(points)}" for points in values.values()]
-    top.set_xticks(list(values), labels, fontsize=8.5, color=UNSEEN)
+    top.set_xticks(list(values), _with_room(axes, list(values), labels, 0.08), fontsize=8.5, color=UNSEEN)
     top.tick_params(length=0, pad=1)
     top.minorticks_off()
     top.set_xlabel("models above one half on unseen rules", fontsize=8.5, color=UNSEEN, loc="left", labelpad=2)

@@ -69,5 +69,16 @@ def test_the_share_of_models_above_one_half_stands_above_each_count():
     assert [label.get_text() for label in top.get_xticklabels()] == ["0/3", "0/3", "3/3", "3/3"]
 
 
+def test_labels_that_would_run_into_another_are_left_out():
+    counts = {100: 0.0, 120: 0.0, 200: 0.9, 1000: 1.0, 1_000_000: 1.0}
+    axes = plots.instruction_curve(
+        [LAPTOP.as_row() | row | {"examples_seen": 1, "tests": 1} for row in table({0: counts})]
+    ).axes[0]
+    below, above = ([label.get_text() for label in of.get_xticklabels()] for of in (axes, axes.child_axes[0]))
+    assert below == ["100", "", "200", "1,000", "1,000,000"]
+    assert above == ["0/1", "", "1/1", "1/1", "1/1"]
+    assert list(axes.get_xticks()) == list(counts), "each count has its line"
+
+
 def test_a_notebook_shows_the_picture():
     assert plots.instruction_curve(results())._repr_png_().startswith(b"\x89PNG")

@@ -15,6 +15,7 @@ MODULE = "experiments.finetune_encrypted"
 SMOKE = (MODULE, "--preset=smoke")
 
 
+@pytest.mark.thorough
 def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     run_dir = tmp_path / "run"
     first = command(*SMOKE, f"--run_dir={run_dir}")

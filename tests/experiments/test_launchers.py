@@ -29,6 +29,7 @@ def test_smoke_runs_and_the_same_command_again_reads_it_back(tmp_path):
     assert (tmp_path / "run" / "results.csv").read_bytes() == results and "step" not in again.stderr
 
 
+@pytest.mark.thorough
 def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_resumes(tmp_path):
     flags = ("--preset=smoke", "--config.epochs=50", "--config.reports=40", f"--run_dir={tmp_path / 'run'}")
     arguments = [sys.executable, "-m", FIG2A, *flags]
@@ -46,7 +47,14 @@ def test_a_signal_stops_with_a_status_of_its_own_and_the_same_command_resumes(tm
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.parametrize("preset", ["laptop", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gpu", "paper"))])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "smoke",
+        pytest.param("laptop", marks=pytest.mark.thorough),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("gpu", "paper")),
+    ],
+)
 def test_dry_run_plans_and_writes_nothing(tmp_path, preset):
     done = command(FIG2A, f"--preset={preset}", "--dry_run", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0 and not list(tmp_path.iterdir())

@@ -191,6 +191,7 @@ class TestBlockOfARun:
         monkeypatch.setattr(probing, "_block_rate", rate)
         monkeypatch.setattr(Options, "leaves_block_to_probe", property(lambda options: not options.members_per_vmap))
 
+    @pytest.mark.thorough
     def test_is_recorded_at_the_first_launch_and_kept(self, tmp_path, capsys):
         run(sweep(), tmp_path, Options(1), progress=False, keep_params=False)
         assert self.probed == [(3, 1), (3, 2), (3, 3)]

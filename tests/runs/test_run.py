@@ -220,6 +220,7 @@ class TestPlan:
         # AdamW keeps two moments; two counters and a flag besides.
         assert group.state_bytes == pytest.approx(4 * 3 * 4 * params, rel=0.01)
 
+    @pytest.mark.optimized
     def test_flops_agree_with_xla(self):
         """Our count against XLA's, of one laptop step; XLA also counts norms, softmax and the optimizer."""
         from instrdiv.config.presets import LAPTOP

@@ -64,6 +64,8 @@ def cache(tmp_path):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.thorough
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "devices, data_parallel", [(2, 2), pytest.param(1, 1, marks=SLOW), pytest.param(2, 1, marks=SLOW)]
 )

@@ -95,6 +95,7 @@ class TestByHand:
             Program.parse("module @jit_f { }")
 
 
+@pytest.mark.optimized
 def test_a_real_program_agrees_with_xla():
     """FLOPs and bytes agree with the compiler's cost analysis."""
 

@@ -12,6 +12,8 @@ from instrdiv.runtime.errors import BadInput
 from tests.worlds import tiny
 from tools.inspect_program import as_text, devices_of, group_of, inspect
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parent.parent.parent
 
 

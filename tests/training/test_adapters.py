@@ -24,6 +24,8 @@ from instrdiv.training.adapters import Batch
 from instrdiv.training.recipe import AdapterMember, Recipe
 from tests import adapters as worlds
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = worlds.CONFIG
 RECIPE = Recipe(steps=4, batch_size=4, precision="float32", weight_decay=0.1, warmup_steps=1, reports=2)
 MEMBERS = (

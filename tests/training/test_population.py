@@ -178,6 +178,7 @@ ONE = (1, 1, 1)
 LAYOUTS = [(2, 1, 1), (8, 1, 1), (2, 2, 1), (4, 2, 2), (8, 8, 1)]
 
 
+@pytest.mark.optimized
 class TestLayout:
     @pytest.mark.parametrize("count", [1, 4])
     def test_a_member_is_bitwise_the_same_alone_among_4_and_among_8(self, count):
