@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start, too
+
 import jax
 import pytest
 
@@ -18,7 +20,6 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # of the commands
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
 use_compile_cache()
 prune(CACHE)
 

@@ -162,7 +162,7 @@ def _with_room(axes, ticks: Sequence[float], labels: Sequence[str], letter_inche
     """The labels, empty where they would run into the one before."""
     kept, end = [], -math.inf
     low, high = np.log(axes.get_xlim())
-    width = axes.get_position().width * axes.figure.get_figwidth()
+    width = axes.bbox.width / axes.figure.dpi
     for tick, label in zip(ticks, labels, strict=True):
         place, half = (np.log(tick) - low) / (high - low) * width, letter_inches * len(label) / 2
         fits = place - half >= end
