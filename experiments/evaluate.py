@@ -24,7 +24,7 @@ from instrdiv.tasks.known import load_file
 from instrdiv.tasks.task import TASKS, Task
 
 #: The suites of the known tasks, for --help.
-KNOWN = "; ".join(f"of {name}: {', '.join(task.suites)}" for name, task in TASKS.items())
+KNOWN = "; ".join(f"for {name}: {', '.join(task.suites)}" for name, task in TASKS.items())
 
 
 def summary(results: Sequence[Row]) -> str:

@@ -4,7 +4,7 @@ Figure 2a of *Only-IF* (P2, arXiv 2410.04717), and figure 2 of its predecessor (
 
     python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=runs/fig2a
 
-The number of instructions I varies; the number of examples N = I * S is fixed.
+The number of instructions I varies; the total number of different training examples N is fixed.
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   no result: it only checks that everything runs

@@ -114,7 +114,7 @@ def long_tail() -> list[str]:
         f"8,192 rules hold ({unseen[8192, 0.03]:.2f} at shape 0.03)",
         f"fall from {unseen[512, float('inf')]:.2f} (uniform) to {unseen[512, 0.1]:.2f} at shape 0.1 and "
         f"{unseen[512, 0.03]:.2f} at 0.03",
-        f"longest tail: {unseen[8192, 0.03]:.2f} at 8,192, {unseen[512, 0.03]:.2f} at 512",
+        f"longest tail: {unseen[8192, 0.03]:.2f} at I = 8,192, {unseen[512, 0.03]:.2f} at 512",
         f"rms error of {residual['all rules']} if all rules are counted",
         f"{residual['effective number (entropy)']} with the effective number of rules",
         f"{residual['rules with at least 2 examples']} with the rules that have at least two examples",

@@ -48,8 +48,15 @@ class DataFields:
     tail_shape: float = field(
         math.inf, "power-law shape of the instructions' shares; inf: uniform", kind=TABLE, bound=positive, infinite=True
     )
-    tail_reading: str = field("weights", "how tail_shape is read; see rule_counts", counts.TAIL_READINGS, kind=TABLE)
-    examples: int = field(1_000_000, "size N = I * S of the fixed training set", kind=STATIC, bound=size)
+    tail_reading: str = field(
+        "weights",
+        "how tail_shape is read: as weights of the instructions, or of their rank",
+        counts.TAIL_READINGS,
+        kind=TABLE,
+    )
+    examples: int = field(
+        1_000_000, "number of different training examples N, shared among the I instructions", kind=STATIC, bound=size
+    )
     epochs: float = field(
         50.0, "passes over the training set; the schedule ends with the last one", kind=STATIC, bound=positive
     )

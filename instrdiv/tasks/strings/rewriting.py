@@ -67,9 +67,12 @@ class Rewriting(Task):
 
     family: str = field("free", f"string families, joined by '+': {', '.join(FAMILIES)}", kind=TABLE)
     k_min: int = field(
-        1, "lowest order k of the family", kind=TABLE, bound=lambda k: None if k >= 1 else "must be at least 1"
+        1,
+        "lowest order k of the family: a string has 1/k as many free letters as places",
+        kind=TABLE,
+        bound=lambda k: None if k >= 1 else "must be at least 1",
     )
-    k_max: int = field(1, "highest order k of the family", kind=TABLE)
+    k_max: int = field(1, "highest order k of the family (see k_min)", kind=TABLE)
     pattern_length_min: int | None = field(None, "shortest pattern (default: pattern_length)", kind=TABLE)
     replacement_length_min: int | None = field(None, "shortest replacement (default: replacement_length)", kind=TABLE)
     held_out: str = field(
