@@ -102,7 +102,7 @@ def digest(location: str) -> str:
 def check_flags(values: FlagValues, run_dir: Path) -> None:
     """Raises BadInput for incompatible flags and for a directory that cannot be used."""
     if (values.data is None) != values.example:
-        raise BadInput("--data=FILE,…: name the files to analyze, or pass --example instead (not both)")
+        raise BadInput("pass either --data=FILE,… (the files to analyze) or --example")
     for name, needed in (("budget", "shares"), ("against_field", "against")):
         if values[name].value and not values[needed].value:
             raise BadInput(f"--{name}={values[name].value}: has no effect without --{needed}")
@@ -171,11 +171,21 @@ def define_flags(values: FlagValues) -> None:
     whole_number = NumberParser(int, low=1)
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     define(values, locations, "data", "FILE or NAME=FILE: .jsonl, .json, .parquet, a directory, or hub:owner/name")
-    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
+    define(
+        values,
+        NameParser(),
+        "schema",
+        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
+    )
     define(values, NameParser(), "shares", "a mixture to sample: NAME=SHARE,… with --budget, or NAME=ROWS,…")
     define(values, whole_number, "budget", "number of rows in the mixture")
     define(values, locations, "against", "files with evaluation prompts that must not be in the data")
-    define(values, NameParser(), "against_field", "the field with the prompt (default: detected from the names)")
+    define(
+        values,
+        NameParser(),
+        "against_field",
+        "the field of these files with the prompt (default: detected from the names)",
+    )
     define_enum(values, "duplicates", DUPLICATES, "which duplicates to drop (near: exact ones, too)", "none")
     define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
     define_enum(values, "text", list(TEXTS), "which part of each row to measure", "instruction")

@@ -1,9 +1,9 @@
-"""Evaluates the members of a run on other rules and inputs, at any saved step, and shows their answers.
+"""Tests the members of a run on further rules and inputs, at any saved step, and shows their answers.
 
     python -m experiments.evaluate --run_dir=runs/fig2a --suite=held_out --show=5
 
-docs/evaluation.md describes the suites and how wrong answers are classified. The rows are written to the run's
-results.csv and errors.csv, and replace those of an earlier evaluation of the same members, step and suite.
+docs/evaluation.md describes the suites and how wrong answers are classified. Rows are added to the run's
+results.csv and errors.csv; they replace only those of an earlier evaluation of the same members, step, and suite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ def _show(task: type[Task], row: Row) -> list[str]:
 def suites_of(task: type[Task], name: str) -> Mapping[str, Suite]:
     """The suite with this name, or the task's suites if it is ``all``. Raises BadInput if there is no such suite."""
     if name != "all" and name not in task.suites:
-        raise BadInput(f"--suite={name}: unknown; the task {task.name} has {', '.join(task.suites)}, or all")
+        raise BadInput(f"--suite={name}: unknown suite; choose one of {', '.join(task.suites)}, all")
     return task.suites if name == "all" else {name: task.suites[name]}
 
 
@@ -104,12 +104,23 @@ def main(values: FlagValues) -> None:
 def define_flags(values: FlagValues) -> None:
     define(values, NameParser(), "run_dir", "the run directory")
     define_task_flag(values)
-    define(values, NameParser(), "suite", f"what to test: a suite of the task ({KNOWN}), or all", "all")
+    define(values, NameParser(), "suite", f"suite of tests ({KNOWN}), or all", "all")
     whole = NumberParser(int, low=1)
-    define(values, NumberParser(int, low=0), "step", "a saved step (default: the last one)")
-    define(values, ListParser(flags.ArgumentParser()), "members", "ids, as in results.csv (default: all)")
+    define(values, NumberParser(int, low=0), "step", "step of the checkpoint to test (default: the last one saved)")
+    define(
+        values,
+        ListParser(flags.ArgumentParser()),
+        "members",
+        "ids of the members to test, as in results.csv (default: all)",
+    )
     define(values, whole, "tests", "tests per condition; fewer if there are not enough rules (default: the run's)")
-    define(values, NumberParser(int, low=0), "show", "decoded answers to show per condition", 0)
+    define(
+        values,
+        NumberParser(int, low=0),
+        "show",
+        "number of decoded answers to show per condition (one kind of test of a suite)",
+        0,
+    )
     define(values, NumberParser(int, low=1, high=256), "devices", "number of devices to use (default: all)")
 
 

@@ -1,6 +1,6 @@
 """Figure 2a: how many different instructions must a model be trained on before it follows new ones?
 
-Figure 2a of *Only-IF* (P2, arXiv 2410.04717), and figure 2 of its predecessor (P1, arXiv 2402.10891).
+Figure 2a of *Only-IF* (arXiv 2410.04717), and figure 2 of its predecessor (arXiv 2402.10891).
 
     python -m experiments.fig2a_instruction_count --preset=laptop --run_dir=runs/fig2a
 
@@ -8,10 +8,10 @@ The number of instructions I varies; the total number of different training exam
 
 preset   hardware          time            expect
 smoke    two CPU cores     half a minute   no result: it only checks that everything runs
-laptop   two CPU cores     3 minutes       a step between I = 128 and 512; unseen below 0.1 before it, at least 0.95 at
-                                           I = 16,384; verdict "reproduced" (measured: results/laptop/)
-gpu      one H200          25 minutes      a step between I = 120 and 200 (measured: nine models, one seed,
-                                           results/gpu/; the time of all 33 is extrapolated)
+laptop   two CPU cores     3 minutes       a step between I = 128 and 512: exact match on unseen rules below 0.1 before
+                                           it, at least 0.95 at I = 16,384 (measured: results/laptop/)
+gpu      one H200          25 minutes      a step between I = 120 and 200 (measured with nine of its 33
+                                           models, one seed: results/gpu/; the time of all is extrapolated)
 paper    one H200          20-35 hours     not run: time is extrapolated; reported by the papers: about 0 up to I = 300,
                                            about 1 from I = 1,000 on, for any number of examples per instruction
 """

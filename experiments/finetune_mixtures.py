@@ -9,14 +9,14 @@ each source are held out, and each mixture is sampled from the rest with exact r
 sample of a source is a subset of a larger one. The table has the loss on the held-out responses per member and source.
 
 preset   base and data                                       hardware        time
-smoke    built in: a tiny decoder, two kinds of rewriting    two CPU cores   half a minute
+smoke    built in: a tiny decoder, two rewriting tasks       two CPU cores   half a minute
 paper    a checkpoint and files that you name                one GPU         not run
 
-From the paper: learning rate 1e-5, batch size 4, 3 epochs, 768 tokens, int8. Chosen here, where the paper is silent:
-rank 64, alpha 128, all linear layers, three seeds, 256 held-out rows per source. A packed row holds several examples,
-which cannot attend to each other; with ``--unpacked`` it holds one, as (we think) in the paper. All members take the
-same number of steps: ``--epochs`` passes of the member with the most packed rows. Members with fewer rows make more
-passes; ``results.csv`` and ``packing.csv`` give their number.
+The paper preset has from the paper: learning rate 1e-5, batch size 4, 3 epochs, 768 tokens, int8. Chosen here, where
+the paper is silent: rank 64, alpha 128, all linear layers, three seeds, 256 held-out rows per source. A packed row
+holds several examples, which cannot attend to each other; with ``--unpacked`` it holds one, which we think is what the
+paper did. All members take the same number of steps: as many as ``--epochs`` passes take the member with the most
+packed rows. Members with fewer rows make more passes; ``results.csv`` and ``packing.csv`` give their number.
 
 The paper evaluates on benchmarks (HumanEval, MBPP, MMLU, ...). Use other tools for these: PEFT can load
 ``adapters/<member>/``.
@@ -140,15 +140,30 @@ def own_sources(setting: EncryptedSetting | None) -> dict[str, list[Text]]:
 def define_flags(values: FlagValues) -> None:
     locations = ListParser(NameParser())
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
-    define(values, locations, "data", "FILE or NAME=FILE: .jsonl, .json, .parquet, a directory, or hub:owner/name")
-    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
+    define(
+        values,
+        locations,
+        "data",
+        "FILE or SOURCE=FILE, where FILE is .jsonl, .json, .parquet, a directory, or hub:owner/name",
+    )
+    define(
+        values,
+        NameParser(),
+        "schema",
+        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
+    )
     define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
-    help = "SOURCE=ROWS,…, or SOURCE=SHARE,… with --budget; repeat the flag for each mixture"
+    help = "SOURCE=ROWS,…, or SOURCE=SHARE,… with --budget; one flag per mixture"
     define_many(values, NameParser(), "mixtures", help)
-    define(values, NumberParser(int, low=1), "budget", "rows of each mixture, if the mixtures are given as shares")
-    define(values, locations, "against", "files with evaluation prompts that must not be in the data")
-    define(values, NameParser(), "against_field", "the field with the prompt (default: detected from the names)")
-    define_switch(values, "unpacked", "one padded example per row, instead of as many as fit")
+    define(values, NumberParser(int, low=1), "budget", "total rows of each mixture, if --mixtures gives shares")
+    define(values, locations, "against", "files with evaluation prompts; rows that repeat one are dropped")
+    define(
+        values,
+        NameParser(),
+        "against_field",
+        "the field of these files with the prompt (default: detected from the names)",
+    )
+    define_switch(values, "unpacked", "put one padded example in a row, instead of as many as fit")
 
 
 FINETUNING = FineTuningFigure(

@@ -92,7 +92,12 @@ def define_flags(values: FlagValues) -> None:
     schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     templates = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
     define(values, NameParser(), "data", "a .jsonl, .json or .parquet file, a directory, or hub:owner/name[:split]")
-    define(values, NameParser(), "schema", f"which fields hold what (default: detected from their names): {schemas}")
+    define(
+        values,
+        NameParser(),
+        "schema",
+        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
+    )
     define(values, NameParser(), "checkpoint", "a directory with a tokenizer.json")
     define(values, NameParser(), "template", f"how a row becomes text: {templates}", "alpaca")
     define(values, NumberParser(int, low=2), "max_length", "number of tokens to which examples are truncated", 768)

@@ -16,9 +16,10 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 
-#: Of a user: nothing of what the tests tell JAX, except where compiled programs are cached.
+#: Of a user: nothing of what the tests tell JAX, except where to cache compiled programs and to optimize little.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "PYTEST"))}
-ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
+ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
 
 #: Devices that a command finds; the test process simulates more of them.
 DEVICES = 2

@@ -114,7 +114,7 @@ def long_tail() -> list[str]:
         f"8,192 rules hold ({unseen[8192, 0.03]:.2f} at shape 0.03)",
         f"fall from {unseen[512, float('inf')]:.2f} (uniform) to {unseen[512, 0.1]:.2f} at shape 0.1 and "
         f"{unseen[512, 0.03]:.2f} at 0.03",
-        f"longest tail: {unseen[8192, 0.03]:.2f} at I = 8,192, {unseen[512, 0.03]:.2f} at 512",
+        f"exact match {unseen[8192, 0.03]:.2f} at I = 8,192, {unseen[512, 0.03]:.2f} at 512",
         f"rms error of {residual['all rules']} if all rules are counted",
         f"{residual['effective number (entropy)']} with the effective number of rules",
         f"{residual['rules with at least 2 examples']} with the rules that have at least two examples",
@@ -128,7 +128,7 @@ def occurrences() -> list[str]:
     assert few.startswith("I = 64:") and set(re.findall(r"0\.\d+", few)) == {"0.000"}
     assert [text.partition(":")[0] for text in many] == ["I = 512", "I = 4,096"]
     leads = [re.search(r"ahead of the best of 3 by (\S+ \(.*?\)) over 3 seeds", text)[1] for text in many]
-    return [f"by {leads[0]} and {leads[1]}", f"ahead by {leads[0]} at I = 512", "At I = 64 all are at 0.00"]
+    return [f"by {leads[0]} and {leads[1]}", f"ahead of the best by {leads[0]} at I = 512", "At I = 64 all are at 0.00"]
 
 
 def encrypted() -> list[str]:

@@ -46,7 +46,11 @@ class DataFields:
 
     instructions: int = field(1000, "number of different training instructions I", kind=TABLE, bound=at_least(1))
     tail_shape: float = field(
-        math.inf, "power-law shape of the instructions' shares; inf: uniform", kind=TABLE, bound=positive, infinite=True
+        math.inf,
+        "power-law shape of the number of examples per instruction; larger is more even, inf is uniform",
+        kind=TABLE,
+        bound=positive,
+        infinite=True,
     )
     tail_reading: str = field(
         "weights",
@@ -58,7 +62,10 @@ class DataFields:
         1_000_000, "number of different training examples N, shared among the I instructions", kind=STATIC, bound=size
     )
     epochs: float = field(
-        50.0, "passes over the training set; the schedule ends with the last one", kind=STATIC, bound=positive
+        50.0,
+        "passes over the training set; the learning-rate schedule ends with the last one",
+        kind=STATIC,
+        bound=positive,
     )
     batch_size: int = field(512, "examples per step", kind=STATIC, bound=size)
 
@@ -74,8 +81,8 @@ class ModelFields:
     positions: str = field("learned", "position encoding", ("learned", "rotary", "none"), kind=STATIC)
     activation: str = field("gelu", "MLP activation", ("gelu", "relu"), kind=STATIC)
     norm: str = field("layernorm", "normalization", ("layernorm", "rmsnorm"), kind=STATIC)
-    biases: bool = field(True, "biases in the linear layers and norms", kind=STATIC)
-    tied_head: bool = field(True, "output head shares the embedding weights", kind=STATIC)
+    biases: bool = field(True, "whether linear layers and norms have biases", kind=STATIC)
+    tied_head: bool = field(True, "whether the output head shares the embedding weights", kind=STATIC)
     init: str = field("gpt2", "initial weights: N(0, 0.02), or N(0, 1/fan_in)", ("gpt2", "fan_in"), kind=STATIC)
     dropout: float = field(0.0, "dropout rate", kind=STATIC, bound=from_zero_to_one)
     precision: str = field("float32", "compute precision; parameters are float32", ("float32", "bfloat16"), kind=STATIC)
@@ -93,7 +100,10 @@ class TrainingFields(ScheduleFields):
         2e-3, "muon only: peak learning rate of the parameters that Adam updates", kind=TRACED, bound=at_least(0)
     )
     weight_decay: float = field(
-        0.1, "decoupled weight decay of the matrices, multiplied by the learning rate", kind=TRACED, bound=at_least(0)
+        0.1,
+        "decoupled weight decay of the matrices: a step decays them by learning rate * this",
+        kind=TRACED,
+        bound=at_least(0),
     )
 
 

@@ -102,9 +102,9 @@ def define_flags(figure: Figure, values: FlagValues) -> None:
         parser = ListParser(enum_parser(factors))
         define(values, parser, "factor", "factors to vary (default: all of the preset's)")
     whole = NumberParser(int, low=1)
-    define(values, whole, "dev_tests", "held-out instructions to test at each report (default: the preset's)")
-    define(values, whole, "tests", "held-out instructions to test at the end (default: the preset's)")
-    help = "members vectorized together (default: 1 on CPU, otherwise chosen by a probe)"
+    define(values, whole, "dev_tests", "number of held-out instructions to test at each report (default: the preset's)")
+    define(values, whole, "tests", "number of held-out instructions to test at the end (default: the preset's)")
+    help = "members vectorized together (default: 1 on CPU, otherwise the fastest of those tried)"
     define(values, whole, "members_per_vmap", help)
     define(values, enum_parser(ATTENTION), "attention", "how attention is computed (default: plain)")
     help = "also keep a checkpoint about every N steps (default: none)"

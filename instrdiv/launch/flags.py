@@ -32,6 +32,8 @@ from instrdiv.runtime.interruption import Interrupted
 #: Exit status of a run that was interrupted and saved (EX_TEMPFAIL: rerun the same command to resume).
 STOPPED = 75
 
+_FLAGS = "flags (a member is one model: one setting and one seed; the presets' values are in instrdiv/config/sizes.py):"
+_QUOTED_DEFAULT, _DEFAULT = r"\(default: '([^']*)'\)", r"(default: \1)"  # absl quotes numbers, too
 _HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h", "-?")
 
 
@@ -74,7 +76,8 @@ def _status(
     except BadInput as error:
         return _fail(str(error))
     if not {*_HELP}.isdisjoint(argv):
-        print(f"{about or ''}\nflags:\n\n{values.get_help('  ', include_special_flags=False)}")
+        help = values.get_help("  ", include_special_flags=False)
+        print(f"{(about or '').replace('``', '')}\n{_FLAGS}\n\n{re.sub(_QUOTED_DEFAULT, _DEFAULT, help)}")
         return 0
     try:
         rest = values([sys.argv[0], *argv])[1:]
@@ -144,11 +147,18 @@ def define_run_flags(values: FlagValues, name: str, models: str) -> None:
     define(values, NumberParser(int, low=1), "seeds", f"{models} per setting (default: the preset's)")
     define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all; on CPU, one per core)")
     define(values, NumberParser(int, low=1), "data_parallel", "devices that share one member's batch", 1)
-    define(values, NameParser(), "run_dir", f"directory for tables and pictures (default: runs/{name}-<preset>)")
+    define(
+        values,
+        NameParser(),
+        "run_dir",
+        f"directory for tables, pictures, and checkpoints (default: runs/{name}-<preset>)",
+    )
     define_switch(values, "dry_run", "print the plan with estimated time and memory, and exit")
-    define_switch(values, "overwrite", "start from scratch in a directory that contains another run")
+    define_switch(values, "overwrite", "delete the run that the directory contains, and start from scratch")
     minutes = NumberParser(float, low=0)
-    define(values, minutes, "checkpoint_minutes", "minutes between checkpoints to resume from; inf for none", 2)
+    define(
+        values, minutes, "checkpoint_minutes", "minutes between the checkpoints that a run resumes from; inf: none", 2
+    )
 
 
 def run_dir_of(values: FlagValues, name: str) -> Path:
@@ -157,7 +167,7 @@ def run_dir_of(values: FlagValues, name: str) -> Path:
 
 
 def define_task_flag(values: FlagValues) -> None:
-    define(values, NameParser(), "task", "the launcher file that defines the task, for a task of your own")
+    define(values, NameParser(), "task", "the Python file that defines a task of your own (docs/extending.md)")
 
 
 def define_setting_flags(
@@ -187,11 +197,11 @@ def define_setting_flags(
                 parser = ListParser(parser.item, separators="+")
             if isinstance(parser, _Bounded):  # ``check_fields`` reports which value is out of bounds
                 parser = parser.parser
-            parser, text = ListParser(parser), f"{text}; a list, which this figure varies"
+            parser, text = ListParser(parser), f"{text}; this figure compares a list of values"
         default = "" if "(default: " in text else " (default: the preset's)"
         define(values, parser, f"config.{field.name}", text + default)
         if field.name in aliases:
-            help = f"another name for --config.{field.name}: {text}{default}"
+            help = f"same as --config.{field.name}{default}"
             values[field.name] = _Alias(parser, flags.ArgumentSerializer(), field.name, None, help)
 
 

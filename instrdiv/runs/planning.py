@@ -75,14 +75,15 @@ class Plan:
             lines += [
                 f"group {g.name}: {g.members} members{idle}, {g.parameters:,} parameters each",
                 f"  {g.steps:,} steps, {g.examples_seen:,} examples per member, {g.tokens} tokens per example",
-                f"  {g.compute_flops:.3g} FLOPs; state {in_bytes(g.state_bytes)}; "
+                f"  {g.compute_flops:.3g} FLOPs in all; parameters and optimizer {in_bytes(g.state_bytes)}; "
                 f"about {in_bytes(g.device_bytes)} per device at the peak (estimate)",
             ]
         seconds = sum(g.seconds for g in self.groups)
         lines.append(
-            f"tests: {self.dev_tests:,} on unseen_dev at each report; {self.tests:,} each on unseen and seen at the end"
+            f"tests per member: {self.dev_tests:,} on held-out instructions (unseen_dev) at each report; at the end "
+            f"{self.tests:,} on others (unseen), and {self.tests:,} on trained ones (seen)"
         )
-        lines.append(f"ETA {duration(seconds)} of training (rough: assumes {REACHED_FLOPS[jax.default_backend()]:.0e} "
+        lines.append(f"ETA of training {duration(seconds)} (rough: assumes {REACHED_FLOPS[jax.default_backend()]:.0e} "
                      "FLOP/s per device), plus compilation")  # fmt: skip
         return "\n".join(lines)
 

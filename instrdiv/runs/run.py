@@ -153,7 +153,7 @@ def run(
             launch.curves.write([row for row in directory.read_metrics() if row["group"] in done])
         params = launch.train(groups, keep_params).params
         launch.stop_if_asked("the end of the last group")
-        reporter.working("comparing held-out instructions with trained ones")
+        reporter.working("measuring how similar held-out and trained instructions are")
         directory.write_resemblance(resemblance_rows(directory.sweep, pools))
         directory.write_provenance(
             rule_digests=rules,
@@ -359,7 +359,7 @@ class _GroupRun:
                         self.results.append(result_row(who, member, split, slice, right, tests, status))
         if self.directory:
             self._leave_if_asked()
-            self.reporter.working(f"group {self.group.name}: decoding unseen")
+            self.reporter.working(f"group {self.group.name}: decoding the answers on unseen")
             errors, samples = decode_split(self.sweep, self.trainer, self.pools, "unseen", self.evaluator.piece)
             self.directory.write_progress(self.group, self.metrics, self.timings)
             self.directory.write_results(self.results, errors, samples)

@@ -105,7 +105,8 @@ class SavedRun:
         self.path = Path(path)
         config = self.path / "config.json"
         if not config.is_file():
-            raise BadInput(f"--run_dir={path}: holds no run (it has no config.json)")
+            why = "it has no config.json" if self.path.is_dir() else "there is no such directory"
+            raise BadInput(f"--run_dir={path}: holds no run ({why})")
         try:
             there = json.loads(config.read_text())
             settings = setting_of(task_named(there, config))

@@ -68,7 +68,7 @@ class Reporter:
         """
         self._done += examples
         spread = "/".join(f"{value:.2f}" for value in _spread(values))
-        parts = [f"{what} {spread} (min/median/max)"]
+        parts = [f"{what} {spread} (min/median/max over members)"]
         if seconds:
             rate = f"{examples / seconds:,.0f} examples/s, {examples * tokens_per_example / seconds:,.0f} tokens/s"
             parts = [f"ETA {clock((self._total - self._done) * seconds / examples)}", rate, *parts]

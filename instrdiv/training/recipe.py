@@ -31,10 +31,12 @@ class Recipe(ScheduleFields):
     batch_size: int = field(64, "rows per step of one member", bound=at_least(1))
     microbatch_size: int | None = field(None, "rows per member that go through the model at once (default: all)")
     weight_decay: float = field(
-        0.0, "decoupled weight decay of the adapters, times the learning rate", bound=at_least(0)
+        0.0, "decoupled weight decay of the adapters: a step decays them by learning rate * this", bound=at_least(0)
     )
     precision: str = field("bfloat16", "compute precision; adapters are float32", ("float32", "bfloat16"))
-    remat: bool = field(False, "keep only each layer's input for the backward pass: less memory, a third slower")
+    remat: bool = field(
+        False, "keep only each layer's input for the backward pass, which takes less memory and is a third slower"
+    )
     attention: str = field("plain", "how attention is computed", llama.ATTENTION)
 
     @property

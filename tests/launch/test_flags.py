@@ -131,8 +131,8 @@ def test_help_lists_the_flags_and_runs_nothing(capsys):
     said = capsys.readouterr().out
     assert said.startswith("What it does.") and "--[no]dry_run: say it" in said
     assert (
-        "--config.rules: how many; a list, which this figure varies" in said
-        and "--share: another name for --config.share" in said
+        "--config.rules: how many; this figure compares a list of values" in said
+        and "--share: same as --config.share" in said
     )
     assert "--help" not in said
 

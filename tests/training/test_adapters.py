@@ -24,8 +24,6 @@ from instrdiv.training.adapters import Batch
 from instrdiv.training.recipe import AdapterMember, Recipe
 from tests import adapters as worlds
 
-pytestmark = pytest.mark.optimized
-
 CONFIG = worlds.CONFIG
 RECIPE = Recipe(steps=4, batch_size=4, precision="float32", weight_decay=0.1, warmup_steps=1, reports=2)
 MEMBERS = (
@@ -99,6 +97,7 @@ def test_the_head_in_pieces_changes_nothing(together, monkeypatch):
     np.testing.assert_allclose(metrics.gradient_norm, together[0].gradient_norm, rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_logits_of_the_whole_batch_are_never_held():
     config = dataclasses.replace(CONFIG, vocab_size=5000)
     weights, member = worlds.weights(config), Lora(1, targets=("q_proj",))
@@ -118,6 +117,7 @@ def test_logits_of_the_whole_batch_are_never_held():
     assert temporary_bytes(4) < 0.6 * whole
 
 
+@pytest.mark.optimized
 def test_the_base_is_not_kept_once_more_for_the_backward_pass():
     """Kernels are dequantized layer by layer: those of all layers together would be several times the base."""
     config = dataclasses.replace(CONFIG, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=256)
@@ -180,6 +180,7 @@ def test_a_batch_depends_on_the_step_and_the_seed_alone():
     assert not np.array_equal(epoch, everything.tokens[2:, :, 4:8].reshape(8, -1))
 
 
+@pytest.mark.optimized
 def test_a_member_that_diverges_is_frozen_and_the_others_do_not_notice():
     calm = AdapterMember(Lora(2, 2.0), 1e-3, seed=5)
     recipe = dataclasses.replace(RECIPE, schedule="constant", warmup_steps=0)
@@ -227,6 +228,7 @@ def test_only_adapters_and_their_optimizers_are_state():
     assert names == {f"adapters.{name}" for name in adapters} | moments | {"optimizer.1.0.count", "diverged_at"}
 
 
+@pytest.mark.optimized
 def test_the_base_is_an_argument_and_is_held_once():
     """No array of a base kernel's shape is a constant of the program, and none has a leading axis of members."""
     one = trainer()
@@ -368,6 +370,7 @@ def test_layouts_that_do_not_come_out_even():
         trainer(members=[MEMBERS[0]] * 3)
 
 
+@pytest.mark.optimized
 def test_the_step_compiles_at_the_shape_of_llama_2_7b():
     """With shapes alone, as P1 trains it (rank 512, 8-bit base): the base is there once, each member adds its own."""
     sizes = {"vocab_size": 32_000, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128}

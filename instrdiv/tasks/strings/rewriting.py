@@ -65,7 +65,11 @@ class Rewriting(Task):
         *("input_length", "pattern_length"),
     )
 
-    family: str = field("free", f"string families, joined by '+': {', '.join(FAMILIES)}", kind=TABLE)
+    family: str = field(
+        "free",
+        f"families that patterns and replacements are drawn from, joined by '+': {', '.join(FAMILIES)}",
+        kind=TABLE,
+    )
     k_min: int = field(
         1,
         "lowest order k of the family: a string has 1/k as many free letters as places",
@@ -76,7 +80,10 @@ class Rewriting(Task):
     pattern_length_min: int | None = field(None, "shortest pattern (default: pattern_length)", kind=TABLE)
     replacement_length_min: int | None = field(None, "shortest replacement (default: replacement_length)", kind=TABLE)
     held_out: str = field(
-        "pattern_and_replacement", "which part of a held-out rule is never trained on", rules.HELD_OUT_PARTS, kind=TABLE
+        "pattern_and_replacement",
+        "what of a held-out rule is never trained on: both strings, one of them, or only the two together (rule)",
+        rules.HELD_OUT_PARTS,
+        kind=TABLE,
     )
     held_out_share: float = field(
         0.2, "share of all strings that is reserved for held-out rules", kind=TABLE, bound=between(0.001, 0.999)
@@ -85,14 +92,16 @@ class Rewriting(Task):
         0.0, "probability that an example's input lacks the pattern", kind=TRACED, bound=between(0, 1)
     )
     near_miss_fraction: float = field(
-        0.0, "share of the no-ops that contain the pattern except for one letter", kind=TRACED, bound=between(0, 1)
+        0.0, "share of the no-ops that contain the pattern with one letter changed", kind=TRACED, bound=between(0, 1)
     )
     occurrences: tuple[int, ...] = field(
-        (1,), "how often the pattern is planted; drawn uniformly from this list", kind=TRACED
+        (1,), "how often the pattern is planted in an input; drawn uniformly from this list", kind=TRACED
     )
     input_length_min: int | None = field(None, "shortest input (default: input_length)", kind=TRACED)
     alphabet_size: int = field(26, "number of letters", kind=STATIC, bound=whole_between(2, len(LETTERS)))
-    input_length: int = field(50, "longest input", kind=STATIC, bound=whole_between(1, 60_000))
+    input_length: int = field(
+        50, "length of the longest input, in letters", kind=STATIC, bound=whole_between(1, 60_000)
+    )
     pattern_length: int = field(20, "longest pattern", kind=STATIC, bound=whole_between(1, 250))
     replacement_length: int | None = field(None, "longest replacement (default: pattern_length)", kind=STATIC)
 
