@@ -131,7 +131,7 @@ def test_names_and_texts_come_out_as_text(tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "--data=FILE,…: name the files"),
+        ([], "pass either --data=FILE,… (the files to analyze) or --example"),
         (["--data={few}", "--budget=5"], "--budget=5: has no effect without --shares"),
         (["--data={few}", "--embedder=bert"], "--embedder=bert: must be hashed"),
         (["--data=all={few}"], "all is reserved for all sources together"),

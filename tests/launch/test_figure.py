@@ -53,4 +53,4 @@ def test_a_figure_without_a_preset_laptop_has_its_first_one_by_default(tmp_path,
     assert launch(figure, [*FLAGS[1:], "--config.instructions=4,4", f"--run_dir={tmp_path}"]) == 2
     assert "lists 4 twice" in capsys.readouterr().err
     assert launch(figure, ["--help"]) == 0
-    assert "(default: 'tiny')" in capsys.readouterr().out
+    assert "(default: tiny)" in capsys.readouterr().out
