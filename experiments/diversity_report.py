@@ -26,9 +26,19 @@ from instrdiv.config.presets import LAPTOP
 from instrdiv.data.cleaning import DUPLICATES, clean, whole
 from instrdiv.data.embedding import Embedder
 from instrdiv.data.mixtures import Mixture
-from instrdiv.data.schemas import SCHEMAS, TextRow
+from instrdiv.data.schemas import TextRow
 from instrdiv.data.sources import read_rows, read_sources
-from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, define_enum, define_switch, start
+from instrdiv.launch.flags import (
+    ListParser,
+    NameParser,
+    NumberParser,
+    define,
+    define_against_flags,
+    define_enum,
+    define_row_flags,
+    define_switch,
+    start,
+)
 from instrdiv.reports.diversity_report import (
     FILES,
     MIXTURE_COLUMNS,
@@ -167,27 +177,14 @@ def main(values: FlagValues) -> None:
 
 
 def define_flags(values: FlagValues) -> None:
-    locations = ListParser(NameParser())
     whole_number = NumberParser(int, low=1)
-    schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
-    define(values, locations, "data", "FILE or NAME=FILE: .jsonl, .json, .parquet, a directory, or hub:owner/name")
-    define(
-        values,
-        NameParser(),
-        "schema",
-        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
-    )
+    help = "FILE or NAME=FILE, where FILE is .jsonl, .json, .parquet, a directory, or hub:owner/name"
+    define(values, ListParser(NameParser()), "data", help)
+    define_row_flags(values)
     define(values, NameParser(), "shares", "a mixture to sample: NAME=SHARE,… with --budget, or NAME=ROWS,…")
     define(values, whole_number, "budget", "number of rows in the mixture")
-    define(values, locations, "against", "files with evaluation prompts that must not be in the data")
-    define(
-        values,
-        NameParser(),
-        "against_field",
-        "the field of these files with the prompt (default: detected from the names)",
-    )
+    define_against_flags(values)
     define_enum(values, "duplicates", DUPLICATES, "which duplicates to drop (near: exact ones, too)", "none")
-    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
     define_enum(values, "text", list(TEXTS), "which part of each row to measure", "instruction")
     define(
         values,

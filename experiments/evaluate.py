@@ -107,20 +107,11 @@ def define_flags(values: FlagValues) -> None:
     define(values, NameParser(), "suite", f"suite of tests ({KNOWN}), or all", "all")
     whole = NumberParser(int, low=1)
     define(values, NumberParser(int, low=0), "step", "step of the checkpoint to test (default: the last one saved)")
-    define(
-        values,
-        ListParser(flags.ArgumentParser()),
-        "members",
-        "ids of the members to test, as in results.csv (default: all)",
-    )
+    help = "ids of the members to test, as in results.csv (default: all)"
+    define(values, ListParser(flags.ArgumentParser()), "members", help)
     define(values, whole, "tests", "tests per condition; fewer if there are not enough rules (default: the run's)")
-    define(
-        values,
-        NumberParser(int, low=0),
-        "show",
-        "number of decoded answers to show per condition (one kind of test of a suite)",
-        0,
-    )
+    help = "number of decoded answers to show per condition (one kind of test of a suite)"
+    define(values, NumberParser(int, low=0), "show", help, 0)
     define(values, NumberParser(int, low=1, high=256), "devices", "number of devices to use (default: all)")
 
 

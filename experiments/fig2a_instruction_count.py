@@ -10,8 +10,8 @@ preset   hardware          time            expect
 smoke    two CPU cores     half a minute   no result: it only checks that everything runs
 laptop   two CPU cores     3 minutes       a step between I = 128 and 512: exact match on unseen rules below 0.1 before
                                            it, at least 0.95 at I = 16,384 (measured: results/laptop/)
-gpu      one H200          25 minutes      a step between I = 120 and 200 (measured with nine of its 33
-                                           models, one seed: results/gpu/; the time of all is extrapolated)
+gpu      one H200          half an hour    a step between I = 120 and 200 (measured with nine models, one seed:
+                                           results/gpu/; the time is extrapolated to all 33)
 paper    one H200          20-35 hours     not run: time is extrapolated; reported by the papers: about 0 up to I = 300,
                                            about 1 from I = 1,000 on, for any number of examples per instruction
 """

@@ -32,12 +32,20 @@ from absl.flags import FlagValues
 
 from instrdiv.data.mixing import MixingSetting, mix
 from instrdiv.data.mixtures import Mixture
-from instrdiv.data.schemas import SCHEMAS
 from instrdiv.data.schemas import TextRow as Text
 from instrdiv.data.sources import read_rows, read_sources
 from instrdiv.data.tokenizer import Tokenizer
 from instrdiv.launch.finetuning import Asked, FineTuningFigure, Preset, Study, Trained, Tuning, launch_finetuning
-from instrdiv.launch.flags import ListParser, NameParser, NumberParser, define, define_many, define_switch
+from instrdiv.launch.flags import (
+    ListParser,
+    NameParser,
+    NumberParser,
+    define,
+    define_against_flags,
+    define_many,
+    define_row_flags,
+    define_switch,
+)
 from instrdiv.models.lora import Lora
 from instrdiv.reports.mixture_report import draw, write_mixture_report
 from instrdiv.runs.adapter_tests import HeldOutTests, read_losses
@@ -138,31 +146,13 @@ def own_sources(setting: EncryptedSetting | None) -> dict[str, list[Text]]:
 
 
 def define_flags(values: FlagValues) -> None:
-    locations = ListParser(NameParser())
-    schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
-    define(
-        values,
-        locations,
-        "data",
-        "FILE or SOURCE=FILE, where FILE is .jsonl, .json, .parquet, a directory, or hub:owner/name",
-    )
-    define(
-        values,
-        NameParser(),
-        "schema",
-        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
-    )
-    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
+    help = "FILE or SOURCE=FILE, where FILE is .jsonl, .json, .parquet, a directory, or hub:owner/name"
+    define(values, ListParser(NameParser()), "data", help)
+    define_row_flags(values)
     help = "SOURCE=ROWS,…, or SOURCE=SHARE,… with --budget; one flag per mixture"
     define_many(values, NameParser(), "mixtures", help)
     define(values, NumberParser(int, low=1), "budget", "total rows of each mixture, if --mixtures gives shares")
-    define(values, locations, "against", "files with evaluation prompts; rows that repeat one are dropped")
-    define(
-        values,
-        NameParser(),
-        "against_field",
-        "the field of these files with the prompt (default: detected from the names)",
-    )
+    define_against_flags(values)
     define_switch(values, "unpacked", "put one padded example in a row, instead of as many as fit")
 
 

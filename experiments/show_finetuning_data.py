@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from absl.flags import FlagValues
 
 from instrdiv.data.packing import Example, pack, tokenize
-from instrdiv.data.schemas import SCHEMAS
 from instrdiv.data.sources import read_rows
 from instrdiv.data.templates import NAMED, make_template
 from instrdiv.data.tokenizer import Tokenizer
-from instrdiv.launch.flags import NameParser, NumberParser, define, define_enum, define_switch, start
+from instrdiv.launch.flags import NameParser, NumberParser, define, define_enum, define_row_flags, define_switch, start
 from instrdiv.runtime.errors import BadInput
 
 
@@ -89,22 +88,15 @@ def main(values: FlagValues) -> None:
 
 
 def define_flags(values: FlagValues) -> None:
-    schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
     templates = f"{', '.join(NAMED)}, chat (the checkpoint's own), or a Jinja file"
     define(values, NameParser(), "data", "a .jsonl, .json or .parquet file, a directory, or hub:owner/name[:split]")
-    define(
-        values,
-        NameParser(),
-        "schema",
-        f"format: which fields hold the instruction and the response (default: detected from their names): {schemas}",
-    )
+    define_row_flags(values)
     define(values, NameParser(), "checkpoint", "a directory with a tokenizer.json")
     define(values, NameParser(), "template", f"how a row becomes text: {templates}", "alpaca")
     define(values, NumberParser(int, low=2), "max_length", "number of tokens to which examples are truncated", 768)
     define(values, NumberParser(int, low=0), "num", "number of examples to show", 3)
     define_enum(values, "format", list(FORMATS), "output format", "text")
     define_switch(values, "report", "read all rows, and report the effects of truncation and packing")
-    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
 
 
 def launch(argv: Sequence[str] | None = None) -> int:

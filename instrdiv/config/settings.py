@@ -54,7 +54,7 @@ class DataFields:
     )
     tail_reading: str = field(
         "weights",
-        "how tail_shape is read: as weights of the instructions, or of their rank",
+        "how tail_shape is read: instructions draw weights from the density, or their shares follow from their index",
         counts.TAIL_READINGS,
         kind=TABLE,
     )

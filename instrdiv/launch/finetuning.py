@@ -195,7 +195,7 @@ def define_flags(figure: FineTuningFigure, values: FlagValues) -> None:
     whole = NumberParser(int, low=1)
     if figure.has_tests:
         define(values, whole, "tests", "number of held-out instructions to test at the end (default: the preset's)")
-    help = "checkpoint directory of the base to adapt (default: a small one, which the preset trains, if it has one)"
+    help = "checkpoint directory of the base to adapt (default: the small one that the preset trains, if it does)"
     define(values, NameParser(), "base", help)
     define(values, whole, "tensor_parallel", "devices over which each matrix of the base is split", 1)
     define_switch(values, "fsdp", "shard the base over all devices, gathering each layer when it is used")

@@ -23,6 +23,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from instrdiv.config.settings import TaskSetting
+from instrdiv.data.schemas import SCHEMAS
 from instrdiv.runtime.checkpoints import quieten_orbax
 from instrdiv.runtime.compile_cache import use_compile_cache
 from instrdiv.runtime.errors import BadInput
@@ -32,7 +33,6 @@ from instrdiv.runtime.interruption import Interrupted
 #: Exit status of a run that was interrupted and saved (EX_TEMPFAIL: rerun the same command to resume).
 STOPPED = 75
 
-_FLAGS = "flags (a member is one model: one setting and one seed; the presets' values are in instrdiv/config/sizes.py):"
 _QUOTED_DEFAULT, _DEFAULT = r"\(default: '([^']*)'\)", r"(default: \1)"  # absl quotes numbers, too
 _HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h", "-?")
 
@@ -77,7 +77,7 @@ def _status(
         return _fail(str(error))
     if not {*_HELP}.isdisjoint(argv):
         help = values.get_help("  ", include_special_flags=False)
-        print(f"{(about or '').replace('``', '')}\n{_FLAGS}\n\n{re.sub(_QUOTED_DEFAULT, _DEFAULT, help)}")
+        print(f"{(about or '').replace('``', '')}\nflags:\n\n{re.sub(_QUOTED_DEFAULT, _DEFAULT, help)}")
         return 0
     try:
         rest = values([sys.argv[0], *argv])[1:]
@@ -145,8 +145,16 @@ def define_run_flags(values: FlagValues, name: str, models: str) -> None:
     ``name`` is the figure's name; ``models`` is what is trained per seed, in the plural.
     """
     define(values, NumberParser(int, low=1), "seeds", f"{models} per setting (default: the preset's)")
-    define(values, NumberParser(int, low=1, high=256), "devices", "devices to use (default: all; on CPU, one per core)")
-    define(values, NumberParser(int, low=1), "data_parallel", "devices that share one member's batch", 1)
+    define(
+        values, NumberParser(int, low=1, high=256), "devices", "number of devices (default: all; on CPU, one per core)"
+    )
+    define(
+        values,
+        NumberParser(int, low=1),
+        "data_parallel",
+        "devices that share the batch of a member (a model: one setting, one seed)",
+        1,
+    )
     define(
         values,
         NameParser(),
@@ -168,6 +176,23 @@ def run_dir_of(values: FlagValues, name: str) -> Path:
 
 def define_task_flag(values: FlagValues) -> None:
     define(values, NameParser(), "task", "the Python file that defines a task of your own (docs/extending.md)")
+
+
+def define_row_flags(values: FlagValues) -> None:
+    """How the rows of a data file are read."""
+    schemas = f"{', '.join(SCHEMAS)}, or fields of your own such as instruction=question,response=answer"
+    help = f"which fields hold the instruction and the response (default: detected from their names): {schemas}"
+    define(values, NameParser(), "schema", help)
+    define_switch(values, "drop_empty", "skip rows with an empty instruction or response, and report how many")
+
+
+def define_against_flags(values: FlagValues) -> None:
+    """Evaluation prompts that must not be trained on."""
+    define(
+        values, ListParser(NameParser()), "against", "files with evaluation prompts; rows that repeat one are dropped"
+    )
+    help = "the field of these files with the prompt (default: detected from the names)"
+    define(values, NameParser(), "against_field", help)
 
 
 def define_setting_flags(

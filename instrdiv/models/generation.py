@@ -64,7 +64,7 @@ def decode_greedily(
     def is_end(token: jax.Array) -> jax.Array:
         return (token[:, None] == ends).any(-1)
 
-    def goes_on(state: tuple) -> jax.Array:
+    def unfinished(state: tuple) -> jax.Array:
         place, _, _, ended, _, _ = state
         return (place < new_tokens) & ~ended.all()
 
@@ -81,5 +81,5 @@ def decode_greedily(
     ended = idle | is_end(token)
     answer = jnp.zeros((rows, new_tokens), jnp.int32).at[:, 0].set(jnp.where(idle, 0, token))
     state = (jnp.int32(1), cache, token, ended, (~ended).astype(jnp.int32), answer)
-    _, _, _, _, length, answer = jax.lax.while_loop(goes_on, step, state)
+    _, _, _, _, length, answer = jax.lax.while_loop(unfinished, step, state)
     return answer, length

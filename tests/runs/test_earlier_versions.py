@@ -102,7 +102,7 @@ def test_it_is_shown_evaluated_and_exported(here, tmp_path, capsys):
     assert (out / "model.safetensors").exists() and "task rewriting" in (out / "README.md").read_text()
 
 
-def test_it_goes_on_from_its_checkpoint_and_ends_as_it_did(here, capsys):
+def test_it_resumes_from_its_checkpoint_and_ends_as_it_did(here, capsys):
     """On the arithmetic of another machine or version of jax the last digits may differ."""
     for name in ("results.csv", "errors.csv", "samples.csv", "resemblance.csv"):
         (here / name).unlink()

@@ -107,7 +107,7 @@ def test_without_a_directory_the_result_is_the_same(finished):
     jax.tree.map(np.testing.assert_array_equal, other.adapters, done.adapters)
 
 
-def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
+def test_a_signal_saves_and_the_same_call_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     path, advance = finished[0], AdapterTrainer.advance
 
     def advance_and_interrupt(self):

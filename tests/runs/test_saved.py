@@ -52,7 +52,7 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("readings", [2, 3])
-def test_a_signal_saves_and_the_same_call_goes_on_byte_equal(whole, tmp_path, readings, capsys):
+def test_a_signal_saves_and_the_same_call_resumes_byte_equal(whole, tmp_path, readings, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"Checkpoint saved at group g0, step \d+ of 16. Rerun the same command"):
         run(sweep(), tmp_path / "run", schedule=Schedule(clock=StopAfter(readings)), **EVERY_CHUNK)
@@ -70,7 +70,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_byte_equal(whole, tmp_path, re
     assert len(provenance["earlier_launches"]) == 1
 
 
-def test_a_run_goes_on_from_any_of_its_checkpoints(whole, tmp_path):
+def test_a_run_resumes_from_any_of_its_checkpoints(whole, tmp_path):
     """Later ones and the tables of results are gone; what is trained and tested again is the same."""
     saved = SavedRun(whole)
     steps = saved.steps(saved.groups[0])
@@ -123,7 +123,7 @@ def test_more_members_are_a_cohort_of_their_own(whole, tmp_path):
         run(sweep(), path, **EVERY_CHUNK)
 
 
-def test_rows_of_others_survive_a_run_that_goes_on(whole, tmp_path):
+def test_rows_of_others_survive_a_run_that_is_resumed(whole, tmp_path):
     """Such as those of an evaluation."""
     path = tmp_path / "run"
     shutil.copytree(whole, path)
@@ -189,7 +189,7 @@ def test_an_edited_layout_is_followed(whole, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-4)
 
 
-def test_a_run_older_than_a_way_to_compute_attention_goes_on(whole, tmp_path):
+def test_a_run_older_than_a_way_to_compute_attention_is_resumed(whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
     config = json.loads((path / "config.json").read_text())
@@ -255,7 +255,7 @@ def test_checkpoints_of_other_members_are_refused(whole, tmp_path):
         run(sweep(learning_rate=5e-3), path, **EVERY_CHUNK)
 
 
-def test_after_overwrite_the_message_says_how_to_go_on(whole, tmp_path):
+def test_after_overwrite_the_message_says_how_to_resume(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(Interrupted, match=r"Rerun the same command without --overwrite to resume"):
         run(sweep(), tmp_path / "run", overwrite=True, schedule=Schedule(clock=StopAfter(2)), **EVERY_CHUNK)

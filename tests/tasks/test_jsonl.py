@@ -383,7 +383,7 @@ class TestRun:
         page = (here / "report.html").read_text()
         assert "rows.jsonl" in page and "pattern" not in page and "has-op" not in page
 
-    def test_it_goes_on_byte_for_byte(self, again):
+    def test_it_is_resumed_byte_for_byte(self, again):
         here, flags = again
         tables = {name: (here / name).read_bytes() for name in ("results.csv", "metrics.csv", "samples.csv")}
         steps = SavedRun(here).steps(SavedRun(here).groups[0])

@@ -86,7 +86,7 @@ def test_what_cannot_be_set_up_says_why_and_is_not_sampled(clock):
     assert all(not outcome.samples and math.isnan(outcome.rate) for outcome in outcomes)
 
 
-def test_one_that_fails_in_a_round_keeps_its_samples_and_the_others_go_on(clock):
+def test_one_that_fails_in_a_round_keeps_its_samples_and_the_others_continue(clock):
     failing = prepared(clock, [], seconds=2.0, fails_at=4)  # the third call is its first sample
     other = prepared(clock, [], "other")
     take_turns([failing, other], 3)

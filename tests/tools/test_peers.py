@@ -46,7 +46,7 @@ class TestHostLoader:
             letters |= {string.find(pattern)}
         assert letters == set(range(7 - shape.pattern + 1))  # planted at every position
 
-    def test_goes_on_with_other_rows(self):
+    def test_continues_with_other_rows(self):
         w = world()
         loader = peers.host_batches(make_groups(w.members)[0].shape, w.rules, 8)
         assert (next(loader) != next(loader)).any()

@@ -210,7 +210,7 @@ def test_a_batch_without_a_response_changes_nothing_but_the_decay():
     assert one.state.diverged_at.tolist() == [-1]
 
 
-def test_going_on_is_bit_identical():
+def test_resuming_is_bit_identical():
     _, whole = trained()
     first = trainer()
     first.advance()

@@ -70,7 +70,7 @@ def loop(events, steps, step=0, saving=None):
 
 
 def test_a_chunk_is_reported_while_the_next_one_runs(events):
-    """But for those that are compiled: the first, and the last, which is shorter."""
+    """Except for those that are compiled: the first, and the last, which is shorter."""
     one, timings = loop(events, 7)
     one.run()
     assert events == [

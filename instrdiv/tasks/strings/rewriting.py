@@ -72,7 +72,7 @@ class Rewriting(Task):
     )
     k_min: int = field(
         1,
-        "lowest order k of the family: a string has 1/k as many free letters as places",
+        "lowest order k of the family: one in k letters of a string is free",
         kind=TABLE,
         bound=lambda k: None if k >= 1 else "must be at least 1",
     )
